@@ -1,0 +1,47 @@
+"""The yardstick: one way to measure every model, and the plain data that comes out of it.
+
+Names are resolved on first use, so that readers of measurements (the store, the report) load no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_optcore.measurement.compare import Comparison, compare
+    from lightning_optcore.measurement.directions import direction_of
+    from lightning_optcore.measurement.inputs import Inputs
+    from lightning_optcore.measurement.measure import measure, measure_alternatives
+    from lightning_optcore.measurement.measurement import Latency, Measurement
+
+_HOME_OF = {
+    "Comparison": "compare",
+    "Inputs": "inputs",
+    "Latency": "measurement",
+    "Measurement": "measurement",
+    "compare": "compare",
+    "direction_of": "directions",
+    "measure": "measure",
+    "measure_alternatives": "measure",
+}
+
+__all__ = [
+    "Comparison",
+    "Inputs",
+    "Latency",
+    "Measurement",
+    "compare",
+    "direction_of",
+    "measure",
+    "measure_alternatives",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lightning_optcore.measurement' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"lightning_optcore.measurement.{_HOME_OF[name]}"), name)
+    # A submodule of the same name is set on the package by the import system: ours must win.
+    globals()[name] = value
+    return value

@@ -1,0 +1,138 @@
+"""Find out which module a LightningModule's steps really call, with what, and call another in its place.
+
+A step may call ``self(x)``, ``self.forward(x)`` or ``self.net(x)``. All of them end in the instance's
+``forward``, so an instance attribute of that name sees every call; hooks would miss the second form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_optcore.measurement.inputs import Inputs
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let every call of ``module`` run ``forward`` inside the context."""
+    had_own = "forward" in module.__dict__
+    previous = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = previous  # type: ignore[assignment]
+        else:
+            module.__dict__.pop("forward", None)
+
+
+@dataclass
+class ForwardRecorder:
+    """Records the outermost calls of a module and of its submodules that hold parameters.
+
+    Args:
+        root: The LightningModule. Its name is ``""``.
+        max_samples: Stop recording a module's inputs after this many samples.
+
+    Attributes:
+        inputs: Recorded inputs (on the CPU) per name of the called module.
+        calls: Number of outermost calls per name.
+    """
+
+    root: nn.Module
+    max_samples: int = 1
+    inputs: dict[str, list[Inputs]] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    _wrapped: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    _depth: int = 0
+
+    def attach(self) -> None:
+        """Start to record."""
+        for name, module in self.root.named_modules():
+            if next(module.parameters(), None) is not None:
+                self._wrap(name, module)
+
+    def detach(self) -> None:
+        """Stop to record and leave the modules as they were."""
+        for module, previous in self._wrapped:
+            if previous is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = previous
+        self._wrapped.clear()
+        self._depth = 0
+
+    def __enter__(self) -> ForwardRecorder:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @property
+    def samples(self) -> int:
+        """Number of samples recorded of the most recorded module."""
+        return max((sum(i.batch_size for i in inputs) for inputs in self.inputs.values()), default=0)
+
+    def target(self) -> str | None:
+        """Return the name of the called module that holds the most parameters; ``None`` if none was called."""
+        modules = dict(self.root.named_modules())
+        recorded = [name for name, inputs in self.inputs.items() if inputs]
+        return max(recorded, key=lambda name: _num_parameters(modules[name]), default=None)
+
+    def _wrap(self, name: str, module: nn.Module) -> None:
+        original = module.forward
+        self._wrapped.append((module, module.__dict__.get("forward")))
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._depth == 0:
+                self._record(name, Inputs(args, kwargs))
+            self._depth += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        module.forward = forward
+
+    def _record(self, name: str, inputs: Inputs) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        kept = self.inputs.setdefault(name, [])
+        if not any(tensor.ndim for tensor in inputs.tensors()):
+            return
+        if sum(batch.batch_size for batch in kept) < self.max_samples:
+            kept.append(inputs.detached_cpu())
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def submodule(root: nn.Module, name: str) -> nn.Module:
+    """Return the submodule called ``name``; ``""`` is the root itself."""
+    return root.get_submodule(name) if name else root
+
+
+@dataclass
+class CallCounter:
+    """How often a replacement was called."""
+
+    calls: int = 0
+
+
+@contextmanager
+def counted_replacement(root: nn.Module, name: str, replacement: Callable[..., Any]) -> Iterator[CallCounter]:
+    """Run ``replacement`` in place of the submodule ``name`` of ``root``; yields the count of its calls."""
+    counter = CallCounter()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        counter.calls += 1
+        return replacement(*args, **kwargs)
+
+    with replaced_forward(submodule(root, name), forward):
+        yield counter
