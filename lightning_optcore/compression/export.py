@@ -1,0 +1,243 @@
+"""Export of any module to an ONNX model with a free batch size, checked against the module."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ShapesCollection
+
+from lightning_optcore.compression.onnx_model import OnnxModel, Signature, TensorSpec
+from lightning_optcore.measurement.inputs import Inputs, tensors_in
+
+# Neither 0 nor 1 (exporters treat these as constants), and unlikely to be the size of another axis.
+_EXPORT_BATCH = 3
+_CHECKED_BATCHES = (5, 1)
+
+
+class ExportError(RuntimeError):
+    """A module that cannot be exported; the message says why, in one line."""
+
+
+def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
+    """Export a module to ONNX with a free batch size.
+
+    The module is exported in evaluation mode, by ``torch.export`` first and by tracing where that
+    refuses. The result is run at other batch sizes and compared with the module, so that a graph in
+    which a batch size or a random number was frozen is refused.
+
+    Args:
+        module: A plain module or a LightningModule, on the CPU. It is left as it was.
+        example_inputs: What ``forward`` takes: a tensor, a tuple or a dict of keyword arguments.
+
+    Raises:
+        ExportError: If no exporter takes the module, or the graph does not give the module's outputs.
+
+    Example:
+        >>> exported = export_onnx(nn.Linear(4, 2), torch.randn(8, 4))
+        >>> exported(torch.randn(5, 4)).shape
+        torch.Size([5, 2])
+    """
+    inputs = Inputs.of(example_inputs)
+    names, inputs = _named(module, inputs)
+    small = inputs.resized(_EXPORT_BATCH)
+    axes = inputs.batch_axes()
+    with _evaluation_mode(module), torch.no_grad():
+        output = small.call(module)
+        other = inputs.resized(_CHECKED_BATCHES[0]).call(module)
+        if not list(tensors_in(output)):
+            raise ExportError(f"{type(module).__name__}.forward returns no tensor")
+        reasons = []
+        for exporter in (_export_program, _trace):
+            try:
+                with _quiet():
+                    proto = exporter(module, small, axes)
+                model = _wrap(proto, names, inputs, output, other)
+                _check(module, model, inputs)
+            except Exception as error:  # noqa: BLE001 - exporters raise anything; the reason is reported
+                reasons.append(f"{exporter.__doc__}: {_first_line(error)}")
+            else:
+                return model
+    raise ExportError(f"{type(module).__name__} cannot be exported to ONNX. " + " | ".join(reasons))
+
+
+def stripped(proto: onnx.ModelProto) -> bytes:
+    """Serialise a model without what running it does not need: doc strings, node metadata, inferred shapes."""
+    lean = onnx.ModelProto()
+    lean.CopyFrom(proto)
+    del lean.metadata_props[:]
+    del lean.graph.value_info[:]
+    del lean.graph.metadata_props[:]
+    lean.doc_string = ""
+    lean.graph.doc_string = ""
+    del lean.functions[:]
+    for node in lean.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for item in (*lean.graph.initializer, *lean.graph.input, *lean.graph.output):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    used = {name for node in lean.graph.node for name in node.input} | {o.name for o in lean.graph.output}
+    kept = [tensor for tensor in lean.graph.initializer if tensor.name in used]
+    del lean.graph.initializer[:]
+    lean.graph.initializer.extend(kept)
+    return lean.SerializeToString()
+
+
+def _export_program(module: nn.Module, inputs: Inputs, axes: Sequence[int | None]) -> onnx.ModelProto:
+    """torch.export"""
+    batch = Dim("batch", min=1, max=1 << 20)
+    shapes = ShapesCollection()
+    for tensor, axis in zip(inputs.tensors(), axes, strict=True):
+        if axis is not None:
+            shapes[tensor] = {axis: batch}
+    dynamic_shapes = shapes.dynamic_shapes(module, inputs.args, inputs.kwargs)
+    program = torch.export.export(
+        module, inputs.args, inputs.kwargs, dynamic_shapes=dynamic_shapes, strict=False
+    )
+    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    if exported is None:
+        raise ExportError("the exporter returned nothing")
+    return exported.model_proto
+
+
+def _trace(module: nn.Module, inputs: Inputs, axes: Sequence[int | None]) -> onnx.ModelProto:
+    """tracing"""
+    names = [f"input_{i}" for i in range(len(axes))]
+    free = {name: {axis: "batch"} for name, axis in zip(names, axes, strict=True) if axis is not None}
+    buffer = io.BytesIO()
+    torch.onnx.export(
+        module,
+        inputs.args,
+        buffer,
+        kwargs=inputs.kwargs,
+        dynamo=False,
+        input_names=names,
+        dynamic_axes=free,
+        opset_version=18,
+    )
+    return onnx.load_from_string(buffer.getvalue())
+
+
+def _named(module: nn.Module, inputs: Inputs) -> tuple[list[str], Inputs]:
+    """Give each argument the name it has in ``forward``, in that order."""
+    signature = inspect.signature(module.forward)
+    try:
+        bound = signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        raise ExportError(f"{type(module).__name__}.forward does not take the inputs: {error}") from error
+    names: list[str] = []
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{name}_{i}" for i in range(len(value))]
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            names += list(value)
+        else:
+            names.append(name)
+    return names, Inputs(bound.args, dict(bound.kwargs))
+
+
+def _wrap(proto: onnx.ModelProto, names: list[str], inputs: Inputs, output: Any, other: Any) -> OnnxModel:
+    values = [*inputs.args, *inputs.kwargs.values()]
+    graph_inputs = iter(value.name for value in proto.graph.input)
+    axes = iter(inputs.batch_axes())
+    if len(proto.graph.input) != len(inputs.tensors()):
+        raise ExportError(f"the graph takes {len(proto.graph.input)} tensors, not {len(inputs.tensors())}")
+    graph_outputs = iter(value.name for value in proto.graph.output)
+    sizes = iter(list(tensors_in(other)))
+
+    def output_spec(tensor: Tensor) -> TensorSpec:
+        pairs = enumerate(zip(tensor.shape, next(sizes).shape, strict=True))
+        axis = next((axis for axis, (first, second) in pairs if first != second), None)
+        return _spec(tensor, next(graph_outputs), axis)
+
+    signature = Signature(
+        inputs={
+            name: _structure(value, lambda tensor: _spec(tensor, next(graph_inputs), next(axes)))
+            for name, value in zip(names, values, strict=True)
+        },
+        output=_structure(output, output_spec),
+        batch_size=inputs.batch_size,
+    )
+    return OnnxModel(stripped(proto), signature)
+
+
+def _structure(value: Any, leaf: Callable[[Tensor], TensorSpec]) -> Any:
+    """Describe nested tensors; unlike ``map_tensors`` it forgets classes that JSON cannot name."""
+    if isinstance(value, Tensor):
+        return leaf(value)
+    if isinstance(value, Mapping):
+        return {str(key): _structure(item, leaf) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_structure(item, leaf) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ExportError(f"a {type(value).__name__} among the arguments or outputs: expected tensors or plain values")
+
+
+def _spec(tensor: Tensor, name: str, axis: int | None) -> TensorSpec:
+    array = tensor.detach().cpu()
+    dtype = str(array.numpy().dtype) if array.dtype is not torch.bfloat16 else "float32"
+    low, high = (float(array.min()), float(array.max())) if array.numel() else (0.0, 0.0)
+    return TensorSpec(name, dtype, tuple(tensor.shape), axis, low, high)
+
+
+def _check(module: nn.Module, model: OnnxModel, inputs: Inputs) -> None:
+    for size in _CHECKED_BATCHES:
+        batch = inputs.resized(size)
+        expected = [t.detach().float().numpy() for t in tensors_in(batch.call(module))]
+        got = [t.float().numpy() for t in tensors_in(model(*batch.args, **batch.kwargs))]
+        for first, second in zip(expected, got, strict=True):
+            scale = float(np.abs(first[np.isfinite(first)]).max(initial=1.0))
+            if first.shape != second.shape or not np.allclose(first, second, rtol=1e-3, atol=1e-3 * scale):
+                raise ExportError(
+                    f"the graph's output differs from the module's at batch size {size} "
+                    "(is there a random number or a fixed batch size in forward?)"
+                )
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+    training = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, was_training in training.items():
+            child.training = was_training
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' progress, notes on registrations and deprecations to themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    # Exporters wrap the reason; the innermost cause names it.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

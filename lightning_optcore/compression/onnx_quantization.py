@@ -1,0 +1,163 @@
+"""int8 quantization of an ONNX model with ONNX Runtime's quantizer."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from lightning_optcore.compression.export import stripped
+from lightning_optcore.compression.onnx_model import OnnxModel
+from lightning_optcore.measurement.inputs import Inputs, tensors_in
+
+Scheme = Literal["static", "dynamic"]
+
+STATIC_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Dynamic int8 convolutions are slower than fp32 ones in ONNX Runtime: they stay as they are.
+DYNAMIC_OPERATORS = ("Gather", "Gemm", "LSTM", "MatMul")
+
+
+class _Calibration(CalibrationDataReader):
+    def __init__(self, model: OnnxModel, batches: Sequence[Inputs]) -> None:
+        self._feeds = iter([model._feeds(batch.args, batch.kwargs)[0] for batch in batches])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+def prepared(model: OnnxModel) -> OnnxModel:
+    """Fold and fuse what ONNX Runtime can before quantizing (batch norms into convolutions)."""
+    with _workspace() as folder, _quiet():
+        source, target = folder / "model.onnx", folder / "prepared.onnx"
+        source.write_bytes(model.content)
+        try:
+            quant_pre_process(str(source), str(target))
+        except Exception:  # noqa: BLE001 - symbolic inference gives up on rare operators; ONNX's own remains
+            quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
+        return OnnxModel(target.read_bytes(), model.signature)
+
+
+def quantized(
+    model: OnnxModel,
+    scheme: Scheme,
+    calibration: Sequence[Inputs],
+    *,
+    excluded: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> OnnxModel:
+    """Quantize weights and activations of a prepared model to 8 bits.
+
+    Args:
+        model: What :func:`prepared` returned.
+        scheme: ``"static"`` writes quantize/dequantize pairs with ranges from ``calibration`` (min and
+            max); ``"dynamic"`` takes the ranges of activations at run time.
+        calibration: Batches; not used by ``"dynamic"``.
+        excluded: Names of nodes that stay in fp32.
+        only: Names of the nodes to quantize; empty means all.
+    """
+    with _workspace() as folder, _quiet():
+        source, target = folder / "model.onnx", folder / "quantized.onnx"
+        source.write_bytes(model.content)
+        if scheme == "static":
+            quantize_static(
+                str(source),
+                str(target),
+                _Calibration(model, calibration),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=None,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=list(excluded),
+                nodes_to_quantize=list(only),
+            )
+        else:
+            quantize_dynamic(
+                str(source),
+                str(target),
+                op_types_to_quantize=list(DYNAMIC_OPERATORS),
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=list(excluded),
+                nodes_to_quantize=list(only),
+            )
+        return OnnxModel(stripped(onnx.load(str(target))), model.signature)
+
+
+def quantizable_nodes(model: OnnxModel, scheme: Scheme) -> list[str]:
+    """Return the names of the nodes with weights that a scheme quantizes."""
+    operators = STATIC_OPERATORS if scheme == "static" else DYNAMIC_OPERATORS
+    weights = {tensor.name for tensor in model.proto.graph.initializer if len(tensor.dims) > 1}
+    return [
+        node.name
+        for node in model.proto.graph.node
+        if node.op_type in operators and weights.intersection(node.input)
+    ]
+
+
+def sensitivity(
+    model: OnnxModel, scheme: Scheme, calibration: Sequence[Inputs], reference: Callable[..., object]
+) -> list[str]:
+    """Return the quantizable nodes, the most harmful first: each is quantized alone and compared.
+
+    The harm is one minus the cosine similarity of the outputs with those of ``reference`` on the
+    first calibration batch.
+    """
+    probe = calibration[0]
+    expected = probe.call(reference)
+    harm = {
+        name: 1 - cosine_similarity(
+            expected, probe.call(quantized(model, scheme, calibration[:4], only=[name]))
+        )
+        for name in quantizable_nodes(model, scheme)
+    }
+    return sorted(harm, key=lambda name: harm[name], reverse=True)
+
+
+def cosine_similarity(expected: object, got: object) -> float:
+    """Return the mean cosine similarity per sample of all floating point tensors of two outputs."""
+    values = []
+    for first, second in zip(tensors_in(expected), tensors_in(got), strict=True):
+        if not first.is_floating_point() or first.ndim == 0:
+            continue
+        a = first.detach().double().reshape(first.shape[0], -1).nan_to_num(posinf=0, neginf=0)
+        b = second.detach().double().reshape(first.shape[0], -1).nan_to_num(posinf=0, neginf=0)
+        norms = a.norm(dim=1) * b.norm(dim=1)
+        same_zero = (a.norm(dim=1) == 0) & (b.norm(dim=1) == 0)
+        cosine = (a * b).sum(dim=1) / norms.clamp_min(1e-30)
+        values.append(float(cosine.masked_fill(same_zero, 1.0).mean()))
+    return float(np.mean(values)) if values else 1.0
+
+
+@contextmanager
+def _workspace() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="optcore-quantization-") as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the quantizer's advice to pre-process, which has been followed, on the root logger."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(previous)

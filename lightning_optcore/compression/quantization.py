@@ -1,0 +1,515 @@
+"""Post-training quantization to a deployable int8 artifact.
+
+Static ranges: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv:1712.05877).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_optcore.compression import onnx_quantization
+from lightning_optcore.compression.artifact import Artifact, ArtifactError, write_artifact
+from lightning_optcore.compression.export import ExportError, export_onnx
+from lightning_optcore.compression.onnx_model import OnnxModel
+from lightning_optcore.measurement.directions import direction_of
+from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
+from lightning_optcore.measurement.inputs import Inputs, joined
+from lightning_optcore.measurement.measure import measure_alternatives
+from lightning_optcore.measurement.measurement import Measurement
+from lightning_optcore.measurement.quality import Evaluation, validate
+from lightning_optcore.measurement.timing import time_in_turns
+from lightning_optcore.recipe import Recipe, register_step
+
+BACKENDS = ("onnxruntime",)
+SCHEMES = ("auto", "static", "dynamic")
+WEIGHT_BITS = (8,)
+STEP = "post_training_quantization"
+
+# The metric that stands in where validation does not run the model.
+OUTPUT_COSINE = "output_cosine"
+_ACCEPTED_COSINE = 0.98
+
+
+@dataclass
+class PostTrainingQuantizationParameters:
+    """The recipe step: how an artifact was quantized."""
+
+    backend: str = "onnxruntime"
+    scheme: str = "static"
+    weight_bits: int = 8
+    excluded_nodes: list[str] = field(default_factory=list)
+
+
+@register_step(STEP, PostTrainingQuantizationParameters)
+def _rebuild(module: nn.Module, parameters: PostTrainingQuantizationParameters) -> nn.Module:
+    """The torch module keeps its shape: what is quantized is the exported graph."""
+    return module
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """What :func:`post_training_quantize` makes.
+
+    Args:
+        model: The int8 model.
+        parameters: How it was quantized.
+        prepared: The fp32 graph that it was made from.
+        calibration: Batches that gave the ranges.
+    """
+
+    model: OnnxModel
+    parameters: PostTrainingQuantizationParameters
+    prepared: OnnxModel
+    calibration: tuple[Inputs, ...]
+
+    def excluding(self, nodes: Sequence[str]) -> QuantizedModel:
+        """Return the same with some nodes left in fp32."""
+        scheme = _concrete(self.parameters.scheme)
+        model = onnx_quantization.quantized(self.prepared, scheme, self.calibration, excluded=nodes)
+        parameters = PostTrainingQuantizationParameters(
+            self.parameters.backend, scheme, self.parameters.weight_bits, list(nodes)
+        )
+        return QuantizedModel(model, parameters, self.prepared, self.calibration)
+
+    def most_sensitive_nodes(self) -> list[str]:
+        """Return the names of the quantized nodes, the most harmful first."""
+        scheme = _concrete(self.parameters.scheme)
+        return onnx_quantization.sensitivity(self.prepared, scheme, self.calibration, self.prepared)
+
+
+def post_training_quantize(
+    module: nn.Module,
+    calibration_inputs: Sequence[Any],
+    *,
+    backend: str = "onnxruntime",
+    scheme: str = "auto",
+    weight_bits: int = 8,
+) -> QuantizedModel:
+    """Export a trained module to ONNX and quantize weights and activations to integers.
+
+    Args:
+        module: Any module, on the CPU; left as it was.
+        calibration_inputs: Batches of what ``forward`` takes (tensor, tuple or dict of keyword arguments).
+        backend: ``"onnxruntime"``.
+        scheme: ``"static"`` fixes the ranges of activations from the calibration batches: right for
+            convolutions. ``"dynamic"`` takes them at run time: right for transformers and recurrent
+            nets. ``"auto"`` makes both and takes the faster one (batch of 1 and of 32) among those whose outputs
+            stay close (cosine similarity of at least 0.98); the closer one if none does.
+        weight_bits: 8.
+
+    Raises:
+        MisconfigurationException: If an option is not one of those.
+        ExportError: If the module cannot be exported.
+        ValueError: If there are no calibration inputs.
+
+    Example:
+        >>> batches = [torch.randn(32, 16) for _ in range(4)]
+        >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> post_training_quantize(net, batches, scheme="static").model(batches[0]).shape
+        torch.Size([32, 4])
+    """
+    _check_options(backend, scheme, weight_bits)
+    batches = tuple(Inputs.of(batch) for batch in calibration_inputs)
+    if not batches:
+        raise ValueError("calibration_inputs is empty: expected at least one batch")
+    exported = export_onnx(module, batches[0])
+    prepared = onnx_quantization.prepared(exported)
+
+    def make(scheme: onnx_quantization.Scheme) -> QuantizedModel:
+        model = onnx_quantization.quantized(prepared, scheme, batches)
+        return QuantizedModel(
+            model, PostTrainingQuantizationParameters(backend, scheme, weight_bits), prepared, batches
+        )
+
+    if scheme != "auto":
+        return make(_concrete(scheme))
+    return _faster_of([make("static"), make("dynamic")], prepared)
+
+
+def _concrete(scheme: str) -> onnx_quantization.Scheme:
+    return "static" if scheme == "static" else "dynamic"
+
+
+def _faster_of(candidates: list[QuantizedModel], reference: OnnxModel) -> QuantizedModel:
+    probe = candidates[0].calibration[0]
+    expected = probe.call(reference)
+    closeness = [onnx_quantization.cosine_similarity(expected, probe.call(c.model)) for c in candidates]
+    close = [c for c, cosine in zip(candidates, closeness, strict=True) if cosine >= _ACCEPTED_COSINE]
+    if len(close) < 2:
+        return close[0] if close else candidates[closeness.index(max(closeness))]
+    milliseconds: dict[str, list[float]] = {c.parameters.scheme: [] for c in close}
+    for size in (1, 32):
+        batch = probe.resized(size)
+        calls = {c.parameters.scheme: _call(c.model.runner(1), batch) for c in close}
+        for name, latency in time_in_turns(calls, rounds=8).items():
+            milliseconds[name].append(latency.p50)
+    return min(close, key=lambda c: prod(milliseconds[c.parameters.scheme]))
+
+
+def _call(model: Callable[..., Any], batch: Inputs) -> Callable[[], object]:
+    return lambda: batch.call(model)
+
+
+def _check_options(backend: str, scheme: str, weight_bits: int) -> None:
+    for key, value, allowed in (
+        ("backend", backend, BACKENDS),
+        ("scheme", scheme, SCHEMES),
+        ("weight_bits", weight_bits, WEIGHT_BITS),
+    ):
+        if value not in allowed:
+            expected = ", ".join(map(str, allowed))
+            raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected one of {expected}")
+
+
+class PostTrainingQuantization(Callback):
+    """Make a deployable int8 artifact of the trained model at the end of the fit.
+
+    The module that the steps really call (the LightningModule, or a child such as ``self.net``) is
+    exported to ONNX, calibrated on batches of the training loader, quantized, and run in its place
+    through the module's own ``validation_step``. Model and artifact are measured in turns, and
+    ``artifact/`` is written as a whole: ``model.onnx``, ``recipe.json``, ``measurement.json``, and a
+    manifest with their SHA-256.
+
+    The torch module is left as trained. A model that cannot be exported is reported in a warning
+    and in ``error``; the fit succeeds.
+
+    Args:
+        backend: ``"onnxruntime"``.
+        scheme: ``"auto"``, ``"static"`` or ``"dynamic"``, as in :func:`post_training_quantize`.
+        weight_bits: 8.
+        max_quality_drop: Largest accepted loss of ``monitor``, in its own unit (0.005 is half a point of
+            accuracy). Where it is exceeded, the most sensitive layers stay in fp32, as few as will do;
+            if even that is not enough, no artifact is written. ``None`` accepts any.
+        output_dir: Folder of the artifact; ``<default_root_dir>/artifact`` by default.
+        monitor: The metric that ``max_quality_drop`` guards; by default the one that the checkpoint
+            callback monitors, else the first logged metric to be maximized, else the first.
+        mode: ``"min"`` or ``"max"``; by default guessed from the metric's name.
+        calibration_samples: Training samples that give the ranges of activations.
+        batch_sizes: Batch sizes to time.
+        num_threads: Threads to time with.
+        rounds: Turns of the timing.
+
+    Attributes:
+        artifact: The loaded artifact after the fit, or ``None``.
+        before: Measurement of the model, or ``None``.
+        after: Measurement of the artifact, or ``None``.
+        error: Why there is no artifact, or ``None``.
+
+    Raises:
+        MisconfigurationException: If an option is not one of those named.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PostTrainingQuantization(max_quality_drop=0.005)], logger=False)
+    """
+
+    def __init__(
+        self,
+        backend: str = "onnxruntime",
+        scheme: str = "auto",
+        weight_bits: int = 8,
+        max_quality_drop: float | None = None,
+        output_dir: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        calibration_samples: int = 512,
+        batch_sizes: Sequence[int] = (1, 32),
+        num_threads: int = 1,
+        rounds: int = 30,
+    ) -> None:
+        super().__init__()
+        _check_options(backend, scheme, weight_bits)
+        if max_quality_drop is not None and max_quality_drop < 0:
+            raise MisconfigurationException(f"{STEP}.max_quality_drop={max_quality_drop}: expected at least 0")
+        if mode not in (None, "min", "max"):
+            raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
+        for key, value in (
+            ("calibration_samples", calibration_samples),
+            ("num_threads", num_threads),
+            ("rounds", rounds),
+            *(("batch_sizes", size) for size in batch_sizes or [0]),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected a whole number of at least 1")
+        self.backend = backend
+        self.scheme = scheme
+        self.weight_bits = weight_bits
+        self.max_quality_drop = max_quality_drop
+        self.output_dir = output_dir
+        self.monitor = monitor
+        self.mode = mode
+        self.calibration_samples = calibration_samples
+        self.batch_sizes = tuple(batch_sizes)
+        self.num_threads = num_threads
+        self.rounds = rounds
+        self.artifact: Artifact | None = None
+        self.before: Measurement | None = None
+        self.after: Measurement | None = None
+        self.error: str | None = None
+        self._training_calls: ForwardRecorder | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to record the inputs of the model for the calibration."""
+        self.artifact = self.before = self.after = self.error = None
+        self._training_calls = ForwardRecorder(pl_module, self.calibration_samples)
+        self._training_calls.attach()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Stop to record once there are enough samples: later steps cost nothing."""
+        calls = self._training_calls
+        if calls is not None and calls.samples >= self.calibration_samples:
+            calls.detach()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Validation inputs are no calibration data."""
+        if self._training_calls is not None:
+            self._training_calls.detach()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        if self._training_calls is not None:
+            self._training_calls.detach()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Quantize, check, measure and write."""
+        if self._training_calls is not None:
+            self._training_calls.detach()
+        if trainer.is_global_zero:
+            try:
+                self._make_artifact(trainer, pl_module)
+            except (ExportError, ArtifactError, _Refused) as error:
+                self.error = str(error)
+                rank_zero_warn(f"{STEP}: no artifact. {error}")
+        trainer.strategy.barrier("post_training_quantization")
+
+    def _make_artifact(self, trainer: Any, pl_module: Any) -> None:
+        device = next((p.device for p in pl_module.parameters()), None)
+        pl_module.to("cpu")
+        try:
+            self._make_artifact_on_cpu(trainer, pl_module)
+        finally:
+            if device is not None:
+                pl_module.to(device)
+
+    def _make_artifact_on_cpu(self, trainer: Any, pl_module: Any) -> None:
+        validation = _Validation(trainer, pl_module)
+        name, batches = self._calibration(validation, pl_module)
+        target = submodule(pl_module, name)
+        result = post_training_quantize(
+            target, batches, backend=self.backend, scheme=self.scheme, weight_bits=self.weight_bits
+        )
+        quality_before = {**validation.of_model(), OUTPUT_COSINE: 1.0}
+        result, quality_after = self._accepted(trainer, validation, name, target, result, quality_before)
+        if OUTPUT_COSINE not in quality_after:
+            quality_before.pop(OUTPUT_COSINE)
+        measurements = measure_alternatives(
+            {"before": target, "after": result.model},
+            batches[0],
+            batch_sizes=self.batch_sizes,
+            num_threads=self.num_threads,
+            rounds=self.rounds,
+            quality={"before": quality_before, "after": quality_after},
+        )
+        folder = Path(self.output_dir or Path(trainer.default_root_dir) / "artifact")
+        self.artifact = write_artifact(
+            folder,
+            result.model,
+            Recipe().then(STEP, **vars(result.parameters)),
+            before=measurements["before"],
+            after=measurements["after"],
+        )
+        self.before, self.after = measurements["before"], measurements["after"]
+        rank_zero_info(f"{STEP}: wrote {folder}")
+
+    def _calibration(self, validation: _Validation, pl_module: Any) -> tuple[str, list[Inputs]]:
+        """Return the called module's name and batches of its inputs, from training where there was any."""
+        training = self._training_calls.inputs if self._training_calls is not None else {}
+        name = validation.target()
+        if name is None or not training.get(name):
+            recorded_in_training = self._training_calls.target() if self._training_calls is not None else None
+            name = name if name is not None else recorded_in_training
+        if name is None:
+            example = getattr(pl_module, "example_input_array", None)
+            if example is None:
+                raise ExportError(
+                    f"cannot tell what {type(pl_module).__name__} takes: neither training_step nor "
+                    "validation_step called a module with parameters; set its example_input_array"
+                )
+            return "", [Inputs.of(example)]
+        batches = training.get(name) or validation.training_inputs(name, self.calibration_samples)
+        merged = joined(_of_one_structure(batches))
+        count = min(merged.batch_size, self.calibration_samples)
+        return name, _split(merged, count)
+
+    def _accepted(
+        self,
+        trainer: Any,
+        validation: _Validation,
+        name: str,
+        target: nn.Module,
+        result: QuantizedModel,
+        before: dict[str, float],
+    ) -> tuple[QuantizedModel, dict[str, float]]:
+        """Return a result within ``max_quality_drop``, with as few layers in fp32 as will do."""
+        quality = self._quality_of(validation, name, target, result)
+        if self.max_quality_drop is None:
+            return result, quality
+        metric = self._metric(trainer, before, quality)
+        drop = _drop(metric, self.mode, before, quality)
+        if drop <= self.max_quality_drop:
+            return result, quality
+        nodes = result.most_sensitive_nodes()
+        best = drop
+        # Doubling asks few validations; the last set is at most twice as large as need be.
+        count = 1
+        while nodes and count < len(nodes):
+            candidate = result.excluding(nodes[:count])
+            quality = self._quality_of(validation, name, target, candidate)
+            best = min(best, _drop(metric, self.mode, before, quality))
+            if _drop(metric, self.mode, before, quality) <= self.max_quality_drop:
+                rank_zero_info(f"{STEP}: kept {count} of {len(nodes)} layers in fp32: {nodes[:count]}")
+                return candidate, quality
+            count *= 2
+        raise _Refused(
+            f"{STEP}.max_quality_drop={self.max_quality_drop}: {metric} dropped by {drop:.4g}, and by "
+            f"{best:.4g} with the most sensitive layers in fp32; allow more, or train with quantization"
+        )
+
+    def _quality_of(
+        self, validation: _Validation, name: str, target: nn.Module, result: QuantizedModel
+    ) -> dict[str, float]:
+        evaluation = validation.of_replacement(name, result.model)
+        if evaluation.replacement_calls and evaluation.metrics:
+            return evaluation.metrics
+        rank_zero_warn(
+            f"{STEP}: validation does not run the exported module or logs no metric, so the quality of "
+            f"the artifact is reported as the agreement of its outputs with the model's ({OUTPUT_COSINE})"
+        )
+        probe = result.calibration[-1]
+        expected = _evaluated(target, probe)
+        return {OUTPUT_COSINE: onnx_quantization.cosine_similarity(expected, probe.call(result.model))}
+
+    def _metric(self, trainer: Any, before: dict[str, float], after: dict[str, float]) -> str:
+        known = [name for name in before if name in after]
+        if self.monitor is not None:
+            if self.monitor not in known:
+                raise _Refused(
+                    f"{STEP}.monitor={self.monitor!r} was never logged in validation: expected one of {known}"
+                )
+            return self.monitor
+        checkpoint = getattr(trainer, "checkpoint_callback", None)
+        monitored = getattr(checkpoint, "monitor", None)
+        if monitored in known:
+            return str(monitored)
+        return next((name for name in known if direction_of(name) == "maximize"), known[0])
+
+
+class _Refused(RuntimeError):
+    """No artifact is good enough, or the configuration does not fit what the model logs."""
+
+
+class _Validation:
+    """The user's own validation, as far as there is one."""
+
+    def __init__(self, trainer: Any, pl_module: Any) -> None:
+        self._trainer_class = type(trainer)
+        self._module = pl_module
+        self._loaders = trainer.val_dataloaders
+        self._limit = trainer.limit_val_batches
+        self._training_loader = trainer.train_dataloader
+        self.exists = bool(
+            trainer.enable_validation and self._loaders is not None and self._limit and _overrides_validation(pl_module)
+        )
+
+    def target(self) -> str | None:
+        """Return the name of the module that ``validation_step`` calls."""
+        if not self.exists:
+            return None
+        with ForwardRecorder(self._module) as recorder:
+            self._run(limit_batches=1)
+        return recorder.target()
+
+    def of_model(self) -> dict[str, float]:
+        """Return the metrics of the model itself."""
+        return self._run(self._limit).metrics if self.exists else {}
+
+    def of_replacement(self, name: str, replacement: Callable[..., Any]) -> Evaluation:
+        """Return the metrics with ``replacement`` in the place of the submodule ``name``."""
+        if not self.exists:
+            return Evaluation({})
+        return self._run(self._limit, replace=name, replacement=replacement)
+
+    def training_inputs(self, name: str, samples: int) -> list[Inputs]:
+        """Return what ``validation_step`` hands to a submodule on batches of the training loader."""
+        with ForwardRecorder(self._module, samples) as recorder:
+            self._run(limit_batches=64, dataloaders=self._training_loader)
+        return recorder.inputs.get(name, [])
+
+    def _run(self, limit_batches: Any, dataloaders: Any = None, **replacement: Any) -> Evaluation:
+        return validate(
+            self._module,
+            self._loaders if dataloaders is None else dataloaders,
+            trainer_class=self._trainer_class,
+            limit_batches=limit_batches,
+            **replacement,
+        )
+
+
+def _overrides_validation(pl_module: Any) -> bool:
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    return is_overridden("validation_step", pl_module)
+
+
+def _evaluated(module: nn.Module, inputs: Inputs) -> Any:
+    import torch
+
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        output = inputs.call(module)
+    module.train(training)
+    return output
+
+
+def _of_one_structure(batches: Sequence[Inputs]) -> list[Inputs]:
+    """Keep the batches whose tensors differ from the first one's in the batch axis only."""
+
+    def form(batch: Inputs) -> list[tuple[int, ...]]:
+        axes = batch.batch_axes()
+        tensors = zip(batch.tensors(), axes, strict=True)
+        return [tuple(0 if i == axis else n for i, n in enumerate(t.shape)) for t, axis in tensors]
+
+    return [batch for batch in batches if form(batch) == form(batches[0])]
+
+
+def _split(merged: Inputs, count: int, size: int = 32) -> list[Inputs]:
+    """Cut the first ``count`` samples into batches of ``size``."""
+    axes = merged.batch_axes()
+    batches = []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        cut = iter(
+            [
+                tensor if axis is None else tensor.narrow(axis, start, stop - start)
+                for tensor, axis in zip(merged.tensors(), axes, strict=True)
+            ]
+        )
+        batches.append(merged.map(lambda _, cut=cut: next(cut)))
+    return batches
+
+
+def _drop(metric: str, mode: str | None, before: dict[str, float], after: dict[str, float]) -> float:
+    loss = after[metric] - before[metric]
+    lower_is_better = mode == "min" if mode is not None else direction_of(metric) == "minimize"
+    return loss if lower_is_better else -loss
