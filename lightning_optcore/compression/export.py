@@ -60,7 +60,7 @@ def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
         reasons = []
         for exporter in (_export_program, _trace):
             try:
-                with _quiet():
+                with _export_settings():
                     proto = exporter(module, small, axes)
                 model = _wrap(proto, names, inputs, output, other)
                 _check(module, model, inputs)
@@ -220,19 +220,20 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' progress, notes on registrations and deprecations to themselves."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def _export_settings() -> Iterator[None]:
+    """Export what has a counterpart in ONNX, and keep the exporters' progress and notes out of the log."""
+    disabled = logging.root.manager.disable
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    logging.disable(logging.CRITICAL)
+    # The fused kernel of nn.TransformerEncoderLayer has no counterpart in ONNX.
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        logging.disable(disabled)
 
 
 def _first_line(error: BaseException) -> str:

@@ -63,7 +63,7 @@ def count_flops(model: onnx.ModelProto, input_shapes: Mapping[str, Sequence[int]
     shapes = {tensor.name: list(tensor.dims) for tensor in inferred.graph.initializer}
     for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         dims = value.type.tensor_type.shape.dim
-        if all(dim.HasField("dim_value") for dim in dims):
+        if value.type.tensor_type.HasField("shape") and all(dim.HasField("dim_value") for dim in dims):
             shapes[value.name] = [dim.dim_value for dim in dims]
     total = 0
     for node in inferred.graph.node:

@@ -33,6 +33,10 @@ STATIC_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 DYNAMIC_OPERATORS = ("Gather", "Gemm", "LSTM", "MatMul")
 
 
+class QuantizationError(RuntimeError):
+    """A graph that ONNX Runtime's quantizer does not take; the message says why, in one line."""
+
+
 class _Calibration(CalibrationDataReader):
     def __init__(self, model: OnnxModel, batches: Sequence[Inputs]) -> None:
         self._feeds = iter([model._feeds(batch.args, batch.kwargs)[0] for batch in batches])
@@ -43,7 +47,7 @@ class _Calibration(CalibrationDataReader):
 
 def prepared(model: OnnxModel) -> OnnxModel:
     """Fold and fuse what ONNX Runtime can before quantizing (batch norms into convolutions)."""
-    with _workspace() as folder, _quiet():
+    with _workspace() as folder, _quiet(), _reported("preparation"):
         source, target = folder / "model.onnx", folder / "prepared.onnx"
         source.write_bytes(model.content)
         try:
@@ -71,7 +75,7 @@ def quantized(
         excluded: Names of nodes that stay in fp32.
         only: Names of the nodes to quantize; empty means all.
     """
-    with _workspace() as folder, _quiet():
+    with _workspace() as folder, _quiet(), _reported(scheme):
         source, target = folder / "model.onnx", folder / "quantized.onnx"
         source.write_bytes(model.content)
         if scheme == "static":
@@ -149,6 +153,16 @@ def cosine_similarity(expected: object, got: object) -> float:
 def _workspace() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="optcore-quantization-") as folder:
         yield Path(folder)
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the quantizer raises anything; the reason is reported
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+        raise QuantizationError(f"ONNX Runtime cannot quantize the graph ({what}). {reason}") from error
 
 
 @contextmanager

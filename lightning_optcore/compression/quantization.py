@@ -21,6 +21,7 @@ from lightning_optcore.compression import onnx_quantization
 from lightning_optcore.compression.artifact import Artifact, ArtifactError, write_artifact
 from lightning_optcore.compression.export import ExportError, export_onnx
 from lightning_optcore.compression.onnx_model import OnnxModel
+from lightning_optcore.compression.onnx_quantization import QuantizationError
 from lightning_optcore.measurement.directions import direction_of
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
 from lightning_optcore.measurement.inputs import Inputs, joined
@@ -110,6 +111,7 @@ def post_training_quantize(
     Raises:
         MisconfigurationException: If an option is not one of those.
         ExportError: If the module cannot be exported.
+        QuantizationError: If ONNX Runtime does not take the graph.
         ValueError: If there are no calibration inputs.
 
     Example:
@@ -133,7 +135,15 @@ def post_training_quantize(
 
     if scheme != "auto":
         return make(_concrete(scheme))
-    return _faster_of([make("static"), make("dynamic")], prepared)
+    candidates, reasons = [], []
+    for concrete in ("static", "dynamic"):
+        try:
+            candidates.append(make(_concrete(concrete)))
+        except QuantizationError as error:
+            reasons.append(str(error))
+    if not candidates:
+        raise QuantizationError(" | ".join(reasons))
+    return _faster_of(candidates, prepared)
 
 
 def _concrete(scheme: str) -> onnx_quantization.Scheme:
@@ -287,7 +297,7 @@ class PostTrainingQuantization(Callback):
         if trainer.is_global_zero:
             try:
                 self._make_artifact(trainer, pl_module)
-            except (ExportError, ArtifactError, _Refused) as error:
+            except (ExportError, QuantizationError, ArtifactError, _Refused) as error:
                 self.error = str(error)
                 rank_zero_warn(f"{STEP}: no artifact. {error}")
         trainer.strategy.barrier("post_training_quantization")

@@ -121,6 +121,18 @@ def compare(before: Measurement, after: Measurement) -> Comparison:
     return Comparison(tuple(rows), _note(before, after))
 
 
+def summary_table(measurement: Measurement) -> Table:
+    """Return a table of one measurement for rich."""
+    table = Table()
+    table.add_column("quantity", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    for name, value in _costs(measurement).items():
+        table.add_row(name, _text(value, quality=False))
+    for name, value in measurement.quality.items():
+        table.add_row(name, _text(value, quality=True))
+    return table
+
+
 def _costs(measurement: Measurement) -> dict[str, float]:
     values: dict[str, float | None] = {
         "params": measurement.params,

@@ -1,0 +1,68 @@
+"""The command ``optcore <job>``: picks the primary configuration and hands over to the job.
+
+Nothing here loads torch, so that ``--help`` and ``--cfg job`` answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import hydra
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig
+
+JOBS = ("train", "measure", "report")
+
+
+class JobError(CompactHydraException):
+    """A job's failure that needs no traceback: Hydra prints the message and exits with 1."""
+
+
+def main() -> None:
+    """Run ``optcore [job] [Hydra's flags and overrides]``; without a job it is ``train``."""
+    sys.argv[1:] = _with_config_name(sys.argv[1:])
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - the user's own classes are importable
+    _hydra_main()
+
+
+def _with_config_name(arguments: list[str]) -> list[str]:
+    """Turn the first word, if it names a job, into Hydra's flag.
+
+    As a flag in ``sys.argv`` it survives Lightning's relaunch of further ranks.
+    """
+    if not arguments or arguments[0].startswith("-") or "=" in arguments[0] or arguments[0][0] in "+~":
+        return arguments
+    if arguments[0] not in JOBS:
+        sys.exit(
+            f"optcore: unknown job {arguments[0]!r}: expected one of {', '.join(JOBS)}, "
+            "then overrides such as model.width=64"
+        )
+    return [f"--config-name={arguments[0]}", *arguments[1:]]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_optcore.conf", config_name="train")
+def _hydra_main(config: DictConfig) -> Any:
+    job = config.get("job", "train")
+    if job not in JOBS:
+        raise JobError(f"job={job!r}: expected one of {', '.join(JOBS)}")
+    try:
+        return importlib.import_module(f"lightning_optcore.jobs.{job}").run(config)
+    except Exception as error:
+        message = _one_line(error)
+        if message is None or os.environ.get("HYDRA_FULL_ERROR"):
+            raise
+        raise JobError(f"optcore {job}: {message}") from error
+
+
+def _one_line(error: BaseException) -> str | None:
+    """Return the message of an error that a user can mend; ``None`` for one that needs its traceback."""
+    from lightning_optcore.jobs.errors import user_message
+
+    return user_message(error)
+
+
+if __name__ == "__main__":
+    main()

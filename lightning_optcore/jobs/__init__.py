@@ -1,0 +1,1 @@
+"""One file a job: a run read from top to bottom."""

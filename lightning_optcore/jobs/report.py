@@ -1,0 +1,55 @@
+"""``optcore report``: list the store's runs and draw the Pareto front of two objectives."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from lightning_optcore.jobs.errors import ConfigurationError
+from lightning_optcore.jobs.objective import parse_objective
+from lightning_optcore.report.html import write_overview_report
+from lightning_optcore.store import Run, Store
+
+
+def run(config: DictConfig) -> None:
+    """Read the store, write the overview, list the runs."""
+    objective = parse_objective(config.objective)
+    if len(objective) != 2:
+        raise ConfigurationError(f"objective={list(objective)}: expected two names, e.g. [latency_ms,val/acc]")
+    path = Path(config.store.path)
+    if "://" not in config.store.path and not path.is_file():
+        raise ConfigurationError(f"store.path={path}: no such file; run `optcore train` first, or name another")
+    with Store(config.store.path) as store:
+        runs = store.runs(limit=config.limit)
+        front = store.pareto_front(objective)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(_table(runs, front, list(objective)))
+    try:
+        report = write_overview_report(
+            runs,
+            front,
+            list(objective),
+            Path(config.report.path),
+            self_contained=config.report.self_contained,
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(str(error)) from error
+    console.print(f"report  {report}", soft_wrap=True, highlight=False)
+
+
+def _table(runs: list[Run], front: list[Run], objectives: list[str]) -> Table:
+    table = Table(caption="* on the Pareto front")
+    for title in ("run", "job", "status", "started", *objectives, "overrides"):
+        table.add_column(title, justify="right" if title in objectives or title == "run" else "left")
+    best = {run.id for run in front}
+    for run in runs:
+        known = run.objectives
+        figures = [f"{known[name]:.4g}" if name in known else "-" for name in objectives]
+        mark = "*" if run.id in best else ""
+        overrides = " ".join(run.overrides)
+        table.add_row(f"{run.id}{mark}", run.job, run.status, run.created_at[:19], *figures, overrides)
+    return table

@@ -1,0 +1,165 @@
+"""``optcore train``: the story of a run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_optcore.compression.export import ExportError
+from lightning_optcore.fingerprints import model_fingerprint
+from lightning_optcore.jobs.errors import ConfigurationError
+from lightning_optcore.jobs.objective import objective_values, parse_objective
+from lightning_optcore.jobs.recording import Recording, RunRecorder, recorded_run
+from lightning_optcore.measurement.compare import compare, summary_table
+from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
+from lightning_optcore.measurement.measure import measure
+from lightning_optcore.measurement.measurement import Measurement
+from lightning_optcore.measurement.quality import validate
+from lightning_optcore.report.html import write_run_report
+
+log = logging.getLogger(__name__)
+
+
+def run(config: DictConfig) -> float | tuple[float, ...] | None:
+    """Fit, validate, test; measure; record; report. Returns what ``objective`` names."""
+    objective = parse_objective(config.objective)
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    with recorded_run(config, output_dir) as recording:
+        seed_everything(config.seed, workers=True, verbose=False)
+        data: LightningDataModule = instantiate(config.data)
+        model: LightningModule = instantiate(config.model)
+        recording.update(model_fingerprint=model_fingerprint(model, _plain(config.model)))
+        callbacks = _instantiate_all(config.callbacks)
+        recorder = RunRecorder(recording, output_dir, _plain(config.data))
+        trainer = _trainer(config, [*callbacks, recorder])
+
+        trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
+        _end_if_interrupted(trainer)
+        quality = _floats(trainer.callback_metrics)
+        if config.test and _has_test(model, data):
+            trainer.test(model, datamodule=data, verbose=False)
+            quality.update(_floats(trainer.callback_metrics))
+
+        measurements = _measurements(callbacks) or _measured(config, model, data, quality)
+        _check_callbacks(callbacks)
+        for role, measurement in measurements.items():
+            recording.measurement(role, measurement)
+        for callback in callbacks:
+            if getattr(callback, "artifact", None) is not None:
+                recording.recipe(callback.artifact.recipe)
+        known = {**quality, **next(reversed(measurements.values())).scalars()} if measurements else quality
+        values = objective_values(objective, known)
+        recording.finish("done")
+    if trainer.is_global_zero:
+        report = _report(config, recording, output_dir)
+        _summarise(config, measurements, callbacks, output_dir, report)
+    return values
+
+
+def _trainer(config: DictConfig, callbacks: list[Callback]) -> Trainer:
+    settings = {}
+    if config.trainer.get("enable_progress_bar") is None:
+        settings["enable_progress_bar"] = sys.stderr.isatty()
+    strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.name
+    loggers = _instantiate_all(config.logger)
+    return instantiate(
+        config.trainer, callbacks=callbacks, logger=loggers or False, strategy=strategy, **settings
+    )
+
+
+def _instantiate_all(group: DictConfig | None) -> list[Any]:
+    return [instantiate(node) for node in (group or {}).values() if node is not None]
+
+
+def _end_if_interrupted(trainer: Trainer) -> None:
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _has_test(model: LightningModule, data: LightningDataModule) -> bool:
+    overridden = type(model).test_step is not LightningModule.test_step
+    return overridden and type(data).test_dataloader is not LightningDataModule.test_dataloader
+
+
+def _measurements(callbacks: list[Callback]) -> dict[str, Measurement]:
+    """Return before and after of the techniques: the first one's original, the last one's artifact."""
+    done = [callback for callback in callbacks if getattr(callback, "after", None) is not None]
+    return {"before": done[0].before, "after": done[-1].after} if done else {}  # type: ignore[attr-defined]
+
+
+def _measured(
+    config: DictConfig, model: LightningModule, data: LightningDataModule, quality: dict[str, float]
+) -> dict[str, Measurement]:
+    """Measure the trained model where no technique did."""
+    with ForwardRecorder(model) as recorder:
+        validate(model, datamodule=data, limit_batches=1)
+    name = recorder.target()
+    if name is None:
+        log.warning("nothing to measure: validation_step calls no module with parameters")
+        return {}
+    options = OmegaConf.to_container(config.measure, resolve=True)
+    target = submodule(model, name).to("cpu")
+    return {"before": measure(target, recorder.inputs[name][0], quality=quality, **options)}  # type: ignore[arg-type]
+
+
+def _check_callbacks(callbacks: list[Callback]) -> None:
+    """Fail the run if a technique that was asked for gave no artifact; the checkpoint is kept."""
+    for callback in callbacks:
+        error = getattr(callback, "error", None)
+        if error is not None:
+            raise ExportError(error) if "export" in error else ConfigurationError(error)
+
+
+def _report(config: DictConfig, recording: Recording, output_dir: Path) -> Path | None:
+    stored = recording.read_back()
+    if not config.report.enabled or stored is None:
+        return None
+    run, curves = stored
+    try:
+        return write_run_report(
+            run,
+            curves,
+            output_dir / "report.html",
+            assets_dir=Path(config.paths.output_root),
+            self_contained=config.report.self_contained,
+        )
+    except ModuleNotFoundError as error:
+        log.warning("no report: %s", error)
+        return None
+
+
+def _summarise(
+    config: DictConfig,
+    measurements: dict[str, Measurement],
+    callbacks: list[Callback],
+    output_dir: Path,
+    report: Path | None,
+) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    if len(measurements) == 2:
+        console.print(compare(measurements["before"], measurements["after"]))
+    elif measurements:
+        console.print(summary_table(measurements["before"]))
+    places = {"run": output_dir, "report": report, "store": config.store.path}
+    for callback in callbacks:
+        if getattr(callback, "artifact", None) is not None:
+            places["artifact"] = callback.artifact.path
+    for name, place in places.items():
+        if place is not None:
+            console.print(f"{name:>9}  {place}", soft_wrap=True, highlight=False)
+
+
+def _plain(node: DictConfig) -> Any:
+    return OmegaConf.to_container(node, resolve=True)
+
+
+def _floats(metrics: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
