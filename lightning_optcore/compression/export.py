@@ -228,7 +228,12 @@ def _export_settings() -> Iterator[None]:
     # The fused kernel of nn.TransformerEncoderLayer has no counterpart in ONNX.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # torch.export prints the whole graph to stderr where it meets what it cannot trace.
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -6,22 +6,12 @@ import os
 import platform
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
+from lightning_optcore.measurement.hardware import cpu_name
+
 _DISTRIBUTIONS = ("torch", "lightning", "onnxruntime", "lightning-optcore")
-
-
-@lru_cache(maxsize=1)
-def cpu_name() -> str:
-    """Return the processor's model name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def hardware_name(device: torch.device) -> str:

@@ -1,0 +1,1 @@
+"""Reports in HTML: read runs and measurements, compute nothing."""

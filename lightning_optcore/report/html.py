@@ -1,0 +1,209 @@
+"""Write the report of one run, and the overview of all runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from lightning_optcore.measurement.compare import Comparison, compare
+from lightning_optcore.measurement.measurement import Measurement
+from lightning_optcore.report import figures
+from lightning_optcore.store import Run
+
+
+def write_run_report(
+    run: Run,
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    path: str | Path,
+    *,
+    assets_dir: str | Path | None = None,
+    self_contained: bool = False,
+) -> Path:
+    """Write the report of one run: before and after, learning curves, recipe, environment, command.
+
+    Args:
+        run: The run.
+        curves: Its learning curves: (step, value) by name.
+        path: The file to write.
+        assets_dir: Folder of plotly.js, written there once for all reports; the report's own by default.
+        self_contained: Put plotly.js into the file instead (4.8 MB).
+
+    Raises:
+        ModuleNotFoundError: If Plotly is not installed; the message names the extra.
+        OSError: If the file cannot be written; nothing is left half-written.
+    """
+    measurements = {role: run.measurements[role] for role in ("before", "after") if role in run.measurements}
+    drawn = [figures.latency_figure(measurements), figures.size_figure(measurements)] if measurements else []
+    both = compare(measurements["before"], measurements["after"]) if len(measurements) == 2 else None
+    last = next(reversed(measurements.values()), None)
+    return _write(
+        "run.html.j2",
+        Path(path),
+        assets_dir,
+        self_contained,
+        run=run,
+        rows=_rows(measurements),
+        roles=list(measurements),
+        note=both.note if both is not None else "",
+        cards=_cards(both),
+        figures=[Markup(fragment) for fragment in drawn],
+        curves=Markup(figures.curves_figure(curves)) if curves else "",
+        recipe=(run.recipe or {}).get("steps", []),
+        environment=_environment(last),
+        config=json.dumps(run.config, indent=2),
+        command=shlex.join(["optcore", run.job, *run.overrides]),
+    )
+
+
+def write_overview_report(
+    runs: Sequence[Run],
+    front: Sequence[Run],
+    objectives: Sequence[str],
+    path: str | Path,
+    *,
+    assets_dir: str | Path | None = None,
+    self_contained: bool = False,
+) -> Path:
+    """Write the overview: all runs, and the Pareto front of two objectives.
+
+    Args:
+        runs: The runs to list.
+        front: Those on the front.
+        objectives: Names of the two objectives; the first one is the abscissa.
+        path: The file to write.
+        assets_dir: As in :func:`write_run_report`.
+        self_contained: As in :func:`write_run_report`.
+
+    Raises:
+        ModuleNotFoundError: If Plotly is not installed; the message names the extra.
+        OSError: If the file cannot be written; nothing is left half-written.
+    """
+    target = Path(path)
+    missing = [run.id for run in runs if any(name not in run.objectives for name in objectives)]
+    return _write(
+        "overview.html.j2",
+        target,
+        assets_dir,
+        self_contained,
+        runs=[(run, _link(run, target), [run.objectives.get(name) for name in objectives]) for run in runs],
+        objectives=list(objectives),
+        best={run.id for run in front},
+        missing=missing,
+        figure=Markup(figures.pareto_figure(runs, front, objectives)),
+    )
+
+
+def _write(
+    template: str, path: Path, assets_dir: str | Path | None, self_contained: bool, **values: Any
+) -> Path:
+    environment = Environment(
+        loader=PackageLoader("lightning_optcore.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values["plotly_tag"] = _plotly_tag(path, Path(assets_dir or path.parent), self_contained)
+    _write_atomically(path, environment.get_template(template).render(**values))
+    return path
+
+
+def _plotly_tag(path: Path, assets_dir: Path, self_contained: bool) -> Markup:
+    _, offline = figures.plotly()
+    if self_contained:
+        return Markup("<script>{}</script>").format(Markup(offline.get_plotlyjs()))
+    script = assets_dir / f"plotly-{offline.get_plotlyjs_version()}.min.js"
+    if not script.exists():
+        assets_dir.mkdir(parents=True, exist_ok=True)
+        _write_atomically(script, offline.get_plotlyjs())
+    relative = Path(os.path.relpath(script.resolve(), path.resolve().parent)).as_posix()
+    return Markup('<script src="{}"></script>').format(quote(relative))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _rows(measurements: Mapping[str, Measurement]) -> list[tuple[str, list[str], str]]:
+    """Return (quantity, one text per measurement, change) for the table."""
+    if not measurements:
+        return []
+    first, last = next(iter(measurements.values())), next(reversed(measurements.values()))
+    rows = []
+    for row in compare(first, last).rows:
+        digits = 4 if row.kind == "quality" else None
+        values = [row.before, row.after][: len(measurements)]
+        spread = _spreads(measurements, row.name)
+        texts = [_number(value, digits) + noise for value, noise in zip(values, spread, strict=True)]
+        rows.append((row.name, texts, row.change if len(measurements) > 1 else ""))
+    return rows
+
+
+def _spreads(measurements: Mapping[str, Measurement], name: str) -> list[str]:
+    quantity, _, size = name.partition("/")
+    texts = []
+    for measurement in measurements.values():
+        known = quantity == "latency_ms" and size.isdigit() and int(size) in measurement.latency_ms
+        texts.append(f" ± {measurement.latency_ms[int(size)].spread:.2g}" if known else "")
+    return texts
+
+
+def _number(value: float | None, digits: int | None) -> str:
+    if value is None:
+        return "–"
+    if digits is not None:
+        return f"{value:.{digits}f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _cards(both: Comparison | None) -> list[tuple[str, str]]:
+    if both is None:
+        return []
+    cards = []
+    for row in both.rows:
+        if row.name == "size_bytes" and row.ratio is not None:
+            cards.append((f"{row.ratio:.2f}×", "of the bytes"))
+        elif row.name.startswith("latency_ms/") and row.ratio:
+            cards.append((f"{1 / row.ratio:.1f}×", f"as fast at batch {row.name.partition('/')[2]}"))
+        elif row.kind == "quality" and row.difference is not None:
+            cards.append((f"{row.difference:+.4f}", row.name))
+    return cards
+
+
+def _environment(measurement: Measurement | None) -> list[tuple[str, str]]:
+    if measurement is None:
+        return []
+    return [
+        ("hardware", measurement.hardware),
+        ("device", measurement.device),
+        ("threads", str(measurement.num_threads)),
+        *measurement.versions.items(),
+        ("measured at", measurement.measured_at),
+    ]
+
+
+def _link(run: Run, overview: Path) -> str | None:
+    if run.directory is None:
+        return None
+    report = Path(run.directory) / "report.html"
+    if not report.is_file():
+        return None
+    return quote(Path(os.path.relpath(report.resolve(), overview.resolve().parent)).as_posix())

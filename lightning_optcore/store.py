@@ -1,0 +1,515 @@
+"""The store: every run, its measurements and its curves in one database that many processes write at once.
+
+The embedded default is one SQLite file in WAL mode. Every method is one transaction, so that a process
+killed at any moment loses at most the row it was writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL, Connection, Engine, Row, make_url
+
+from lightning_optcore.measurement.directions import Direction, direction_of
+from lightning_optcore.measurement.measurement import Measurement
+
+STATUSES = ("running", "done", "failed", "interrupted")
+_BUSY_TIMEOUT_MS = 60_000
+
+_metadata = sa.MetaData()
+
+_schema = sa.Table("schema_version", _metadata, sa.Column("version", sa.Integer, nullable=False))
+
+_runs = sa.Table(
+    "runs",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("finished_at", sa.Text),
+    sa.Column("job", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False, index=True),
+    sa.Column("error", sa.Text),
+    sa.Column("overrides", sa.Text, nullable=False),
+    sa.Column("config", sa.Text, nullable=False),
+    sa.Column("model_fingerprint", sa.Text, index=True),
+    sa.Column("data_fingerprint", sa.Text, index=True),
+    sa.Column("hardware_fingerprint", sa.Text, index=True),
+    sa.Column("recipe", sa.Text),
+    sa.Column("recipe_fingerprint", sa.Text, index=True),
+    sa.Column("seed", sa.Integer),
+    sa.Column("parent", sa.Integer, sa.ForeignKey("runs.id")),
+    sa.Column("directory", sa.Text),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+)
+
+_measurements = sa.Table(
+    "measurements",
+    _metadata,
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("role", sa.Text, primary_key=True),
+    sa.Column("content", sa.Text, nullable=False),
+)
+
+# The numbers of the measurements once more, flat, for queries.
+_scalars = sa.Table(
+    "scalars",
+    _metadata,
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("role", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True, index=True),
+    sa.Column("value", sa.Float),
+)
+
+_curves = sa.Table(
+    "curves",
+    _metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), nullable=False, index=True),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("value", sa.Float),
+)
+
+
+def _create_first_tables(connection: Connection) -> None:
+    _metadata.create_all(connection)
+
+
+# Migration i brings schema version i to i + 1. Append; never change one that was released.
+_MIGRATIONS = (_create_first_tables,)
+SCHEMA_VERSION = len(_MIGRATIONS)
+
+
+class StoreError(RuntimeError):
+    """A store that cannot be used as asked; the message names it, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as stored.
+
+    Args:
+        id: Its number.
+        job: The job, e.g. ``"train"``.
+        status: ``"running"``, ``"done"``, ``"failed"`` or ``"interrupted"``.
+        created_at: Start (ISO 8601, UTC).
+        finished_at: End, or ``None``.
+        overrides: Hydra's command-line overrides.
+        config: The resolved configuration.
+        model_fingerprint: What identifies the model's configuration and source.
+        data_fingerprint: What identifies the data.
+        hardware_fingerprint: What identifies the machine.
+        recipe: What was done to the model, or ``None``.
+        seed: The seed, or ``None``.
+        parent: Number of the run that this one continues, or ``None``.
+        directory: Where its files are.
+        error: Why it failed.
+        host: Name of the machine.
+        pid: Number of the process.
+        measurements: Measurements by role: ``"before"``, ``"after"``.
+    """
+
+    id: int
+    job: str
+    status: str
+    created_at: str
+    finished_at: str | None
+    overrides: list[str]
+    config: dict[str, Any]
+    model_fingerprint: str | None
+    data_fingerprint: str | None
+    hardware_fingerprint: str | None
+    recipe: dict[str, Any] | None
+    seed: int | None
+    parent: int | None
+    directory: str | None
+    error: str | None
+    host: str
+    pid: int
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        """Every number of the final model: of ``"after"`` if there is one, else of ``"before"``."""
+        final = self.measurements.get("after") or self.measurements.get("before")
+        return final.scalars() if final is not None else {}
+
+
+class Store:
+    """Opens a store, creating or upgrading it where needed.
+
+    Args:
+        target: Path of a SQLite file, or an SQLAlchemy URL.
+
+    Raises:
+        StoreError: If it cannot be opened or written, or was written by a newer version.
+
+    Example:
+        >>> import tempfile
+        >>> with Store(tempfile.mkdtemp() + "/optcore.db") as store:
+        ...     run_id = store.start("train", overrides=["model.width=8"], seed=0)
+        ...     store.finish(run_id)
+        ...     store.run(run_id).status
+        'done'
+    """
+
+    def __init__(self, target: str | Path) -> None:
+        text = str(target)
+        self._url = make_url(text) if "://" in text else URL.create("sqlite", database=text)
+        self._name = self._url.database if self._is_sqlite else self._url.render_as_string()
+        if self._is_sqlite and self._url.database:
+            with self._explained():
+                Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+        self._engine = sa.create_engine(self._url, poolclass=sa.pool.NullPool if self._is_sqlite else None)
+        if self._is_sqlite:
+            _configure_sqlite(self._engine)
+        self._migrate()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the connections."""
+        self._engine.dispose()
+
+    def start(
+        self,
+        job: str,
+        *,
+        overrides: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+        model_fingerprint: str | None = None,
+        data_fingerprint: str | None = None,
+        hardware_fingerprint: str | None = None,
+        seed: int | None = None,
+        parent: int | None = None,
+        directory: str | None = None,
+    ) -> int:
+        """Open a row with status ``"running"`` and return its number.
+
+        Raises:
+            StoreError: If ``parent`` is no run.
+        """
+        values = {
+            "created_at": _now(),
+            "job": job,
+            "status": "running",
+            "overrides": _dump(list(overrides)),
+            "config": _dump(dict(config or {})),
+            "model_fingerprint": model_fingerprint,
+            "data_fingerprint": data_fingerprint,
+            "hardware_fingerprint": hardware_fingerprint,
+            "seed": seed,
+            "parent": parent,
+            "directory": directory,
+            "host": platform.node(),
+            "pid": os.getpid(),
+        }
+        with self._writing() as connection:
+            if parent is not None:
+                self._require(connection, parent)
+            result = connection.execute(sa.insert(_runs).values(values))
+            return int(result.inserted_primary_key[0])
+
+    def update(
+        self,
+        run_id: int,
+        *,
+        model_fingerprint: str | None = None,
+        data_fingerprint: str | None = None,
+        directory: str | None = None,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write what became known after the start; ``None`` leaves a column as it is."""
+        values: dict[str, Any] = {
+            "model_fingerprint": model_fingerprint,
+            "data_fingerprint": data_fingerprint,
+            "directory": directory,
+        }
+        if recipe is not None:
+            values |= {"recipe": _dump(dict(recipe)), "recipe_fingerprint": _recipe_fingerprint(recipe)}
+        self._set(run_id, {name: value for name, value in values.items() if value is not None})
+
+    def finish(self, run_id: int, status: str = "done", *, error: str | None = None) -> None:
+        """Close a row.
+
+        Raises:
+            StoreError: If ``status`` is not one of done, failed, interrupted.
+        """
+        if status not in STATUSES[1:]:
+            raise StoreError(f"status={status!r}: expected one of {', '.join(STATUSES[1:])}")
+        self._set(run_id, {"status": status, "error": error, "finished_at": _now()})
+
+    def add_measurement(self, run_id: int, role: str, measurement: Measurement) -> None:
+        """Write a measurement as ``"before"`` or ``"after"``; one of the same role is replaced."""
+        rows = [
+            {"run_id": run_id, "role": role, "name": name, "value": _storable(value)}
+            for name, value in measurement.scalars().items()
+        ]
+        with self._writing() as connection:
+            self._require(connection, run_id)
+            for table in (_measurements, _scalars):
+                connection.execute(sa.delete(table).where(table.c.run_id == run_id, table.c.role == role))
+            content = measurement.to_json()
+            connection.execute(sa.insert(_measurements).values(run_id=run_id, role=role, content=content))
+            connection.execute(sa.insert(_scalars), rows)
+
+    def log_curve(self, run_id: int, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Write one point of every learning curve."""
+        rows = [
+            {"run_id": run_id, "step": step, "epoch": epoch, "name": name, "value": _storable(value)}
+            for name, value in values.items()
+        ]
+        with self._writing() as connection:
+            self._require(connection, run_id)
+            if rows:
+                connection.execute(sa.insert(_curves), rows)
+
+    def run(self, run_id: int) -> Run:
+        """Return one run.
+
+        Raises:
+            StoreError: If there is none of that number.
+        """
+        found = self._select(_runs.c.id == run_id)
+        if not found:
+            raise StoreError(f"run {run_id} is not in {self._name}")
+        return found[0]
+
+    def runs(
+        self, *, job: str | None = None, status: str | None = None, limit: int | None = None
+    ) -> list[Run]:
+        """Return runs, newest first."""
+        return self._select(*_equal({"job": job, "status": status}), limit=limit)
+
+    def by_fingerprint(
+        self,
+        *,
+        model: str | None = None,
+        data: str | None = None,
+        hardware: str | None = None,
+        status: str | None = "done",
+    ) -> list[Run]:
+        """Return the runs of the given fingerprints, newest first; ``None`` matches any."""
+        wanted = {
+            "model_fingerprint": model,
+            "data_fingerprint": data,
+            "hardware_fingerprint": hardware,
+            "status": status,
+        }
+        return self._select(*_equal(wanted))
+
+    def by_recipe(self, recipe: Mapping[str, Any], *, status: str | None = "done") -> list[Run]:
+        """Return the runs that did the same to their model, newest first."""
+        wanted = {"recipe_fingerprint": _recipe_fingerprint(recipe), "status": status}
+        return self._select(*_equal(wanted))
+
+    def history(self, objective: str, *, job: str | None = None) -> list[tuple[Run, float]]:
+        """Return the runs with a finite value of ``objective`` and that value, oldest first."""
+        having = sa.select(_scalars.c.run_id).where(_scalars.c.name == objective)
+        runs = self._select(_runs.c.id.in_(having), *_equal({"job": job}))
+        pairs = ((run, run.objectives.get(objective, math.nan)) for run in reversed(runs))
+        return [(run, value) for run, value in pairs if math.isfinite(value)]
+
+    def pareto_front(
+        self, objectives: Mapping[str, Direction] | Sequence[str], *, status: str | None = "done"
+    ) -> list[Run]:
+        """Return the runs that no other run beats in every objective, best first in the first one.
+
+        Args:
+            objectives: Directions by name, or names with the yardstick's own directions. Runs that
+                lack one, or whose value is not finite, do not take part. Equal points all stay.
+            status: Only runs of this status; ``None`` takes all.
+        """
+        directions = (
+            dict(objectives)
+            if isinstance(objectives, Mapping)
+            else {name: direction_of(name) for name in objectives}
+        )
+        points = []
+        for run in self.runs(status=status):
+            values = run.objectives
+            costs = [
+                values.get(name, math.nan) * (1 if direction == "minimize" else -1)
+                for name, direction in directions.items()
+            ]
+            if all(math.isfinite(cost) for cost in costs):
+                points.append((costs, run))
+        front = [
+            (costs, run) for costs, run in points if not any(_dominates(other, costs) for other, _ in points)
+        ]
+        return [run for _, run in sorted(front, key=lambda pair: pair[0])]
+
+    def curves(self, run_id: int) -> dict[str, list[tuple[int, float]]]:
+        """Return the learning curves of a run: (step, value) by name; a lost value is NaN."""
+        query = sa.select(_curves).where(_curves.c.run_id == run_id).order_by(_curves.c.id)
+        found: dict[str, list[tuple[int, float]]] = {}
+        with self._reading() as connection:
+            for row in connection.execute(query):
+                found.setdefault(row.name, []).append((row.step, _restored(row.value)))
+        return found
+
+    @property
+    def _is_sqlite(self) -> bool:
+        return self._url.get_backend_name() == "sqlite"
+
+    def _migrate(self) -> None:
+        # Looking first spares a write lock at every opening but the first.
+        with self._reading() as connection:
+            version = _version_of(connection)
+        if version < SCHEMA_VERSION:
+            with self._writing() as connection:
+                version = _version_of(connection)
+                for migrate in _MIGRATIONS[version:]:
+                    migrate(connection)
+                if version < SCHEMA_VERSION:
+                    connection.execute(sa.delete(_schema))
+                    connection.execute(sa.insert(_schema).values(version=SCHEMA_VERSION))
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"store.path={self._name}: its schema is version {version}, this lightning_optcore reads "
+                f"up to {SCHEMA_VERSION}; upgrade lightning-optcore, or name another file"
+            )
+
+    def _select(self, *conditions: sa.ColumnElement[bool], limit: int | None = None) -> list[Run]:
+        query = sa.select(_runs).where(*conditions).order_by(_runs.c.id.desc()).limit(limit)
+        with self._reading() as connection:
+            rows = connection.execute(query).all()
+            taken = connection.execute(
+                sa.select(_measurements).where(
+                    _measurements.c.run_id.in_(sa.select(query.subquery().c.id))
+                )
+            ).all()
+        measurements: dict[int, dict[str, Measurement]] = {}
+        for row in taken:
+            measurements.setdefault(row.run_id, {})[row.role] = Measurement.from_json(row.content)
+        return [_run(row, measurements.get(row.id, {})) for row in rows]
+
+    def _set(self, run_id: int, values: Mapping[str, Any]) -> None:
+        with self._writing() as connection:
+            self._require(connection, run_id)
+            if values:
+                connection.execute(sa.update(_runs).where(_runs.c.id == run_id).values(**values))
+
+    def _require(self, connection: Connection, run_id: int) -> None:
+        if connection.execute(sa.select(_runs.c.id).where(_runs.c.id == run_id)).first() is None:
+            raise StoreError(f"run {run_id} is not in {self._name}")
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with self._explained(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        with self._explained(), self._engine.connect() as connection:
+            if self._is_sqlite:
+                # Take the write lock at once: upgrading a read lock later can fail with SQLITE_BUSY.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.rollback()
+                raise
+            connection.commit()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sa.exc.DBAPIError as error:
+            reason = " ".join(str(error.orig).split())
+            raise StoreError(f"store.path={self._name}: {reason}; {_remedy(reason)}") from error
+        except OSError as error:
+            raise StoreError(f"store.path={self._name}: {error.strerror}; {_remedy('')}") from error
+
+
+def _configure_sqlite(engine: Engine) -> None:
+    """WAL lets readers and a writer work at once; FULL keeps what was committed through a power cut."""
+
+    @sa.event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _: Any) -> None:
+        # Transactions are begun by us: the driver would begin them late and deferred.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+
+def _version_of(connection: Connection) -> int:
+    if not sa.inspect(connection).has_table(_schema.name):
+        return 0
+    return int(connection.execute(sa.select(_schema.c.version)).scalar() or 0)
+
+
+def _remedy(reason: str) -> str:
+    if "full" in reason:
+        return "make room on the disk, or name a file elsewhere"
+    if "not a database" in reason or "malformed" in reason:
+        return "it is no SQLite file or was damaged: move it away, or name another file"
+    if "locked" in reason:
+        return "another process holds it for long: look for one that hangs"
+    return "name a file in a folder that can be written (store.path=null records nothing)"
+
+
+def _equal(wanted: Mapping[str, Any]) -> list[sa.ColumnElement[bool]]:
+    return [_runs.c[name] == value for name, value in wanted.items() if value is not None]
+
+
+def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
+    pairs = list(zip(first, second, strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _run(row: Row[Any], measurements: dict[str, Measurement]) -> Run:
+    values = dict(row._mapping)
+    values.pop("recipe_fingerprint")
+    for name in ("overrides", "config", "recipe"):
+        values[name] = json.loads(values[name]) if values[name] is not None else None
+    return Run(**values, measurements=measurements)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _recipe_fingerprint(recipe: Mapping[str, Any]) -> str:
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _storable(value: float) -> float | None:
+    """NULL stands for NaN, which SQL does not know; infinities are kept as the largest numbers."""
+    number = float(value)
+    if math.isnan(number):
+        return None
+    return math.copysign(1.7976931348623157e308, number) if math.isinf(number) else number
+
+
+def _restored(value: float | None) -> float:
+    if value is None:
+        return math.nan
+    return math.copysign(math.inf, value) if abs(value) == 1.7976931348623157e308 else value
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
