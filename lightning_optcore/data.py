@@ -85,7 +85,8 @@ class Digits(_Images):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.split_seed))
         val, test = int(0.7 * len(order)), int(0.85 * len(order))
         self.train_set, self.val_set, self.test_set = (
-            TensorDataset(images[index], labels[index]) for index in (order[:val], order[val:test], order[test:])
+            TensorDataset(images[index], labels[index])
+            for index in (order[:val], order[val:test], order[test:])
         )
 
 
@@ -104,7 +105,12 @@ class FashionMNIST(_Images):
         url: Where the files are.
     """
 
-    FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+    FILES = (
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    )
 
     def __init__(
         self,
@@ -173,7 +179,9 @@ class FashionMNIST(_Images):
             read_idx(temporary)
             temporary.replace(target)
         except (OSError, urllib.error.URLError) as error:
-            raise DataError(f"data.url={self.url}: cannot fetch {name}.gz into {self.root} ({error})") from error
+            raise DataError(
+                f"data.url={self.url}: cannot fetch {name}.gz into {self.root} ({error})"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -193,7 +201,9 @@ def read_idx(path: Path) -> np.ndarray:
     except (OSError, EOFError, struct.error) as error:
         raise DataError(f"{path}: truncated or damaged ({error}); fetch the file again") from error
     if zeros != 0 or kind != 8:
-        raise DataError(f"{path}: no IDX file of unsigned bytes; give the folder of the IDX files as data.root")
+        raise DataError(
+            f"{path}: no IDX file of unsigned bytes; give the folder of the IDX files as data.root"
+        )
     expected = int(np.prod(shape))
     present = len(content) - 4 - 4 * rank
     if present != expected:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -40,13 +41,16 @@ class _Classifier(LightningModule):
         """Log ``test/acc`` and ``test/loss``."""
         self._step(batch, "test", self.test_acc)
 
-    def configure_optimizers(self) -> dict:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with decoupled weight decay, cosine schedule over the epochs."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         epochs = max(1, self.trainer.max_epochs or 1)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs),
+                "interval": "epoch",
+            },
         }
 
 

@@ -21,76 +21,12 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, Row, make_url
 
+from lightning_optcore import store_schema as tables
 from lightning_optcore.measurement.directions import Direction, direction_of
 from lightning_optcore.measurement.measurement import Measurement
 
 STATUSES = ("running", "done", "failed", "interrupted")
 _BUSY_TIMEOUT_MS = 60_000
-
-_metadata = sa.MetaData()
-
-_schema = sa.Table("schema_version", _metadata, sa.Column("version", sa.Integer, nullable=False))
-
-_runs = sa.Table(
-    "runs",
-    _metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("created_at", sa.Text, nullable=False),
-    sa.Column("finished_at", sa.Text),
-    sa.Column("job", sa.Text, nullable=False),
-    sa.Column("status", sa.Text, nullable=False, index=True),
-    sa.Column("error", sa.Text),
-    sa.Column("overrides", sa.Text, nullable=False),
-    sa.Column("config", sa.Text, nullable=False),
-    sa.Column("model_fingerprint", sa.Text, index=True),
-    sa.Column("data_fingerprint", sa.Text, index=True),
-    sa.Column("hardware_fingerprint", sa.Text, index=True),
-    sa.Column("recipe", sa.Text),
-    sa.Column("recipe_fingerprint", sa.Text, index=True),
-    sa.Column("seed", sa.Integer),
-    sa.Column("parent", sa.Integer, sa.ForeignKey("runs.id")),
-    sa.Column("directory", sa.Text),
-    sa.Column("host", sa.Text, nullable=False),
-    sa.Column("pid", sa.Integer, nullable=False),
-)
-
-_measurements = sa.Table(
-    "measurements",
-    _metadata,
-    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), primary_key=True),
-    sa.Column("role", sa.Text, primary_key=True),
-    sa.Column("content", sa.Text, nullable=False),
-)
-
-# The numbers of the measurements once more, flat, for queries.
-_scalars = sa.Table(
-    "scalars",
-    _metadata,
-    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), primary_key=True),
-    sa.Column("role", sa.Text, primary_key=True),
-    sa.Column("name", sa.Text, primary_key=True, index=True),
-    sa.Column("value", sa.Float),
-)
-
-_curves = sa.Table(
-    "curves",
-    _metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), nullable=False, index=True),
-    sa.Column("step", sa.Integer, nullable=False),
-    sa.Column("epoch", sa.Integer, nullable=False),
-    sa.Column("name", sa.Text, nullable=False),
-    sa.Column("value", sa.Float),
-)
-
-
-def _create_first_tables(connection: Connection) -> None:
-    _metadata.create_all(connection)
-
-
-# Migration i brings schema version i to i + 1. Append; never change one that was released.
-_MIGRATIONS = (_create_first_tables,)
-SCHEMA_VERSION = len(_MIGRATIONS)
 
 
 class StoreError(RuntimeError):
@@ -224,8 +160,8 @@ class Store:
         with self._writing() as connection:
             if parent is not None:
                 self._require(connection, parent)
-            result = connection.execute(sa.insert(_runs).values(values))
-            return int(result.inserted_primary_key[0])
+            result = connection.execute(sa.insert(tables.runs).values(values))
+            return int(result.inserted_primary_key[0])  # type: ignore[index]
 
     def update(
         self,
@@ -264,11 +200,13 @@ class Store:
         ]
         with self._writing() as connection:
             self._require(connection, run_id)
-            for table in (_measurements, _scalars):
+            for table in (tables.measurements, tables.scalars):
                 connection.execute(sa.delete(table).where(table.c.run_id == run_id, table.c.role == role))
             content = measurement.to_json()
-            connection.execute(sa.insert(_measurements).values(run_id=run_id, role=role, content=content))
-            connection.execute(sa.insert(_scalars), rows)
+            connection.execute(
+                sa.insert(tables.measurements).values(run_id=run_id, role=role, content=content)
+            )
+            connection.execute(sa.insert(tables.scalars), rows)
 
     def log_curve(self, run_id: int, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Write one point of every learning curve."""
@@ -279,7 +217,7 @@ class Store:
         with self._writing() as connection:
             self._require(connection, run_id)
             if rows:
-                connection.execute(sa.insert(_curves), rows)
+                connection.execute(sa.insert(tables.curves), rows)
 
     def run(self, run_id: int) -> Run:
         """Return one run.
@@ -287,7 +225,7 @@ class Store:
         Raises:
             StoreError: If there is none of that number.
         """
-        found = self._select(_runs.c.id == run_id)
+        found = self._select(tables.runs.c.id == run_id)
         if not found:
             raise StoreError(f"run {run_id} is not in {self._name}")
         return found[0]
@@ -322,8 +260,8 @@ class Store:
 
     def history(self, objective: str, *, job: str | None = None) -> list[tuple[Run, float]]:
         """Return the runs with a finite value of ``objective`` and that value, oldest first."""
-        having = sa.select(_scalars.c.run_id).where(_scalars.c.name == objective)
-        runs = self._select(_runs.c.id.in_(having), *_equal({"job": job}))
+        having = sa.select(tables.scalars.c.run_id).where(tables.scalars.c.name == objective)
+        runs = self._select(tables.runs.c.id.in_(having), *_equal({"job": job}))
         pairs = ((run, run.objectives.get(objective, math.nan)) for run in reversed(runs))
         return [(run, value) for run, value in pairs if math.isfinite(value)]
 
@@ -358,7 +296,7 @@ class Store:
 
     def curves(self, run_id: int) -> dict[str, list[tuple[int, float]]]:
         """Return the learning curves of a run: (step, value) by name; a lost value is NaN."""
-        query = sa.select(_curves).where(_curves.c.run_id == run_id).order_by(_curves.c.id)
+        query = sa.select(tables.curves).where(tables.curves.c.run_id == run_id).order_by(tables.curves.c.id)
         found: dict[str, list[tuple[int, float]]] = {}
         with self._reading() as connection:
             for row in connection.execute(query):
@@ -373,27 +311,27 @@ class Store:
         # Looking first spares a write lock at every opening but the first.
         with self._reading() as connection:
             version = _version_of(connection)
-        if version < SCHEMA_VERSION:
+        if version < tables.SCHEMA_VERSION:
             with self._writing() as connection:
                 version = _version_of(connection)
-                for migrate in _MIGRATIONS[version:]:
+                for migrate in tables.MIGRATIONS[version:]:
                     migrate(connection)
-                if version < SCHEMA_VERSION:
-                    connection.execute(sa.delete(_schema))
-                    connection.execute(sa.insert(_schema).values(version=SCHEMA_VERSION))
-        if version > SCHEMA_VERSION:
+                if version < tables.SCHEMA_VERSION:
+                    connection.execute(sa.delete(tables.versions))
+                    connection.execute(sa.insert(tables.versions).values(version=tables.SCHEMA_VERSION))
+        if version > tables.SCHEMA_VERSION:
             raise StoreError(
                 f"store.path={self._name}: its schema is version {version}, this lightning_optcore reads "
-                f"up to {SCHEMA_VERSION}; upgrade lightning-optcore, or name another file"
+                f"up to {tables.SCHEMA_VERSION}; upgrade lightning-optcore, or name another file"
             )
 
     def _select(self, *conditions: sa.ColumnElement[bool], limit: int | None = None) -> list[Run]:
-        query = sa.select(_runs).where(*conditions).order_by(_runs.c.id.desc()).limit(limit)
+        query = sa.select(tables.runs).where(*conditions).order_by(tables.runs.c.id.desc()).limit(limit)
         with self._reading() as connection:
             rows = connection.execute(query).all()
             taken = connection.execute(
-                sa.select(_measurements).where(
-                    _measurements.c.run_id.in_(sa.select(query.subquery().c.id))
+                sa.select(tables.measurements).where(
+                    tables.measurements.c.run_id.in_(sa.select(query.subquery().c.id))
                 )
             ).all()
         measurements: dict[int, dict[str, Measurement]] = {}
@@ -405,10 +343,10 @@ class Store:
         with self._writing() as connection:
             self._require(connection, run_id)
             if values:
-                connection.execute(sa.update(_runs).where(_runs.c.id == run_id).values(**values))
+                connection.execute(sa.update(tables.runs).where(tables.runs.c.id == run_id).values(**values))
 
     def _require(self, connection: Connection, run_id: int) -> None:
-        if connection.execute(sa.select(_runs.c.id).where(_runs.c.id == run_id)).first() is None:
+        if connection.execute(sa.select(tables.runs.c.id).where(tables.runs.c.id == run_id)).first() is None:
             raise StoreError(f"run {run_id} is not in {self._name}")
 
     @contextmanager
@@ -456,9 +394,9 @@ def _configure_sqlite(engine: Engine) -> None:
 
 
 def _version_of(connection: Connection) -> int:
-    if not sa.inspect(connection).has_table(_schema.name):
+    if not sa.inspect(connection).has_table(tables.versions.name):
         return 0
-    return int(connection.execute(sa.select(_schema.c.version)).scalar() or 0)
+    return int(connection.execute(sa.select(tables.versions.c.version)).scalar() or 0)
 
 
 def _remedy(reason: str) -> str:
@@ -472,7 +410,7 @@ def _remedy(reason: str) -> str:
 
 
 def _equal(wanted: Mapping[str, Any]) -> list[sa.ColumnElement[bool]]:
-    return [_runs.c[name] == value for name, value in wanted.items() if value is not None]
+    return [tables.runs.c[name] == value for name, value in wanted.items() if value is not None]
 
 
 def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:

@@ -6,9 +6,11 @@ import contextlib
 import inspect
 import io
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +66,7 @@ def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
                     proto = exporter(module, small, axes)
                 model = _wrap(proto, names, inputs, output, other)
                 _check(module, model, inputs)
-            except Exception as error:  # noqa: BLE001 - exporters raise anything; the reason is reported
+            except Exception as error:
                 reasons.append(f"{exporter.__doc__}: {_first_line(error)}")
             else:
                 return model
@@ -72,7 +74,7 @@ def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
 
 
 def stripped(proto: onnx.ModelProto) -> bytes:
-    """Serialise a model without what running it does not need: doc strings, node metadata, inferred shapes."""
+    """Serialise a model without what running it does not need (doc strings, metadata, inferred shapes)."""
     lean = onnx.ModelProto()
     lean.CopyFrom(proto)
     del lean.metadata_props[:]
@@ -115,18 +117,19 @@ def _trace(module: nn.Module, inputs: Inputs, axes: Sequence[int | None]) -> onn
     """tracing"""
     names = [f"input_{i}" for i in range(len(axes))]
     free = {name: {axis: "batch"} for name, axis in zip(names, axes, strict=True) if axis is not None}
-    buffer = io.BytesIO()
-    torch.onnx.export(
-        module,
-        inputs.args,
-        buffer,
-        kwargs=inputs.kwargs,
-        dynamo=False,
-        input_names=names,
-        dynamic_axes=free,
-        opset_version=18,
-    )
-    return onnx.load_from_string(buffer.getvalue())
+    with tempfile.TemporaryDirectory(prefix="optcore-export-") as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            module,
+            inputs.args,
+            path,
+            kwargs=inputs.kwargs,
+            dynamo=False,
+            input_names=names,
+            dynamic_axes=free,
+            opset_version=18,
+        )
+        return onnx.load(path)
 
 
 def _named(module: nn.Module, inputs: Inputs) -> tuple[list[str], Inputs]:
@@ -184,7 +187,9 @@ def _structure(value: Any, leaf: Callable[[Tensor], TensorSpec]) -> Any:
         return items if isinstance(value, list) else tuple(items)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ExportError(f"a {type(value).__name__} among the arguments or outputs: expected tensors or plain values")
+    raise ExportError(
+        f"a {type(value).__name__} among the arguments or outputs: expected tensors or plain values"
+    )
 
 
 def _spec(tensor: Tensor, name: str, axis: int | None) -> TensorSpec:

@@ -210,15 +210,19 @@ def _collect(path: str, structure: Any, value: Any, feeds: dict[str, np.ndarray]
     if isinstance(structure, Mapping):
         if not isinstance(value, Mapping) or not set(structure) <= set(value):
             raise ValueError(f"{path}: expected a dict with the keys {list(structure)}")
-        return any([_collect(f"{path}.{key}", item, value[key], feeds) for key, item in structure.items()])
-    if isinstance(structure, (list, tuple)):
+        parts = [(f"{path}.{key}", item, value[key]) for key, item in structure.items()]
+    elif isinstance(structure, (list, tuple)):
         if not isinstance(value, (list, tuple)) or len(value) != len(structure):
             raise ValueError(f"{path}: expected {len(structure)} items")
-        pairs = zip(structure, value, strict=True)
-        return any([_collect(f"{path}.{i}", item, v, feeds) for i, (item, v) in enumerate(pairs)])
-    if value != structure:
+        parts = [(f"{path}.{i}", *pair) for i, pair in enumerate(zip(structure, value, strict=True))]
+    elif value != structure:
         raise ValueError(f"{path}={value!r}: the model was exported with {structure!r}, which is fixed in it")
-    return False
+    else:
+        parts = []
+    found_torch = False
+    for part in parts:
+        found_torch |= _collect(*part, feeds)
+    return found_torch
 
 
 def _rebuild(structure: Any, outputs: Iterator[np.ndarray], as_torch: bool) -> Any:
@@ -264,5 +268,3 @@ def _decode(data: Mapping[str, Any]) -> Any:
     if kind == "constant":
         return data["value"]
     raise ValueError(f"not a signature: kind={kind!r}")
-
-

@@ -52,7 +52,7 @@ def prepared(model: OnnxModel) -> OnnxModel:
         source.write_bytes(model.content)
         try:
             quant_pre_process(str(source), str(target))
-        except Exception:  # noqa: BLE001 - symbolic inference gives up on rare operators; ONNX's own remains
+        except Exception:
             quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
         return OnnxModel(target.read_bytes(), model.signature)
 
@@ -126,9 +126,8 @@ def sensitivity(
     probe = calibration[0]
     expected = probe.call(reference)
     harm = {
-        name: 1 - cosine_similarity(
-            expected, probe.call(quantized(model, scheme, calibration[:4], only=[name]))
-        )
+        name: 1
+        - cosine_similarity(expected, probe.call(quantized(model, scheme, calibration[:4], only=[name])))
         for name in quantizable_nodes(model, scheme)
     }
     return sorted(harm, key=lambda name: harm[name], reverse=True)
@@ -159,7 +158,7 @@ def _workspace() -> Iterator[Path]:
 def _reported(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # noqa: BLE001 - the quantizer raises anything; the reason is reported
+    except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
         raise QuantizationError(f"ONNX Runtime cannot quantize the graph ({what}). {reason}") from error

@@ -22,13 +22,13 @@ from lightning_optcore.compression.artifact import Artifact, ArtifactError, writ
 from lightning_optcore.compression.export import ExportError, export_onnx
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import QuantizationError
+from lightning_optcore.compression.user_validation import UserValidation
 from lightning_optcore.measurement.directions import direction_of
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
 from lightning_optcore.measurement.inputs import Inputs, joined
-from lightning_optcore.measurement.measure import measure_alternatives
 from lightning_optcore.measurement.measurement import Measurement
-from lightning_optcore.measurement.quality import Evaluation, validate
 from lightning_optcore.measurement.timing import time_in_turns
+from lightning_optcore.measurement.yardstick import measure_alternatives
 from lightning_optcore.recipe import Recipe, register_step
 
 BACKENDS = ("onnxruntime",)
@@ -104,7 +104,7 @@ def post_training_quantize(
         backend: ``"onnxruntime"``.
         scheme: ``"static"`` fixes the ranges of activations from the calibration batches: right for
             convolutions. ``"dynamic"`` takes them at run time: right for transformers and recurrent
-            nets. ``"auto"`` makes both and takes the faster one (batch of 1 and of 32) among those whose outputs
+            nets. ``"auto"`` makes both and takes the faster one (at batch 1 and 32) of those whose outputs
             stay close (cosine similarity of at least 0.98); the closer one if none does.
         weight_bits: 8.
 
@@ -240,7 +240,9 @@ class PostTrainingQuantization(Callback):
         super().__init__()
         _check_options(backend, scheme, weight_bits)
         if max_quality_drop is not None and max_quality_drop < 0:
-            raise MisconfigurationException(f"{STEP}.max_quality_drop={max_quality_drop}: expected at least 0")
+            raise MisconfigurationException(
+                f"{STEP}.max_quality_drop={max_quality_drop}: expected at least 0"
+            )
         if mode not in (None, "min", "max"):
             raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
         for key, value in (
@@ -250,7 +252,9 @@ class PostTrainingQuantization(Callback):
             *(("batch_sizes", size) for size in batch_sizes or [0]),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected a whole number of at least 1")
+                raise MisconfigurationException(
+                    f"{STEP}.{key}={value!r}: expected a whole number of at least 1"
+                )
         self.backend = backend
         self.scheme = scheme
         self.weight_bits = weight_bits
@@ -312,7 +316,7 @@ class PostTrainingQuantization(Callback):
                 pl_module.to(device)
 
     def _make_artifact_on_cpu(self, trainer: Any, pl_module: Any) -> None:
-        validation = _Validation(trainer, pl_module)
+        validation = UserValidation(trainer, pl_module)
         name, batches = self._calibration(validation, pl_module)
         target = submodule(pl_module, name)
         result = post_training_quantize(
@@ -341,7 +345,7 @@ class PostTrainingQuantization(Callback):
         self.before, self.after = measurements["before"], measurements["after"]
         rank_zero_info(f"{STEP}: wrote {folder}")
 
-    def _calibration(self, validation: _Validation, pl_module: Any) -> tuple[str, list[Inputs]]:
+    def _calibration(self, validation: UserValidation, pl_module: Any) -> tuple[str, list[Inputs]]:
         """Return the called module's name and batches of its inputs, from training where there was any."""
         training = self._training_calls.inputs if self._training_calls is not None else {}
         name = validation.target()
@@ -364,7 +368,7 @@ class PostTrainingQuantization(Callback):
     def _accepted(
         self,
         trainer: Any,
-        validation: _Validation,
+        validation: UserValidation,
         name: str,
         target: nn.Module,
         result: QuantizedModel,
@@ -396,7 +400,7 @@ class PostTrainingQuantization(Callback):
         )
 
     def _quality_of(
-        self, validation: _Validation, name: str, target: nn.Module, result: QuantizedModel
+        self, validation: UserValidation, name: str, target: nn.Module, result: QuantizedModel
     ) -> dict[str, float]:
         evaluation = validation.of_replacement(name, result.model)
         if evaluation.replacement_calls and evaluation.metrics:
@@ -428,59 +432,6 @@ class _Refused(RuntimeError):
     """No artifact is good enough, or the configuration does not fit what the model logs."""
 
 
-class _Validation:
-    """The user's own validation, as far as there is one."""
-
-    def __init__(self, trainer: Any, pl_module: Any) -> None:
-        self._trainer_class = type(trainer)
-        self._module = pl_module
-        self._loaders = trainer.val_dataloaders
-        self._limit = trainer.limit_val_batches
-        self._training_loader = trainer.train_dataloader
-        self.exists = bool(
-            trainer.enable_validation and self._loaders is not None and self._limit and _overrides_validation(pl_module)
-        )
-
-    def target(self) -> str | None:
-        """Return the name of the module that ``validation_step`` calls."""
-        if not self.exists:
-            return None
-        with ForwardRecorder(self._module) as recorder:
-            self._run(limit_batches=1)
-        return recorder.target()
-
-    def of_model(self) -> dict[str, float]:
-        """Return the metrics of the model itself."""
-        return self._run(self._limit).metrics if self.exists else {}
-
-    def of_replacement(self, name: str, replacement: Callable[..., Any]) -> Evaluation:
-        """Return the metrics with ``replacement`` in the place of the submodule ``name``."""
-        if not self.exists:
-            return Evaluation({})
-        return self._run(self._limit, replace=name, replacement=replacement)
-
-    def training_inputs(self, name: str, samples: int) -> list[Inputs]:
-        """Return what ``validation_step`` hands to a submodule on batches of the training loader."""
-        with ForwardRecorder(self._module, samples) as recorder:
-            self._run(limit_batches=64, dataloaders=self._training_loader)
-        return recorder.inputs.get(name, [])
-
-    def _run(self, limit_batches: Any, dataloaders: Any = None, **replacement: Any) -> Evaluation:
-        return validate(
-            self._module,
-            self._loaders if dataloaders is None else dataloaders,
-            trainer_class=self._trainer_class,
-            limit_batches=limit_batches,
-            **replacement,
-        )
-
-
-def _overrides_validation(pl_module: Any) -> bool:
-    from lightning.pytorch.utilities.model_helpers import is_overridden
-
-    return is_overridden("validation_step", pl_module)
-
-
 def _evaluated(module: nn.Module, inputs: Inputs) -> Any:
     import torch
 
@@ -505,18 +456,7 @@ def _of_one_structure(batches: Sequence[Inputs]) -> list[Inputs]:
 
 def _split(merged: Inputs, count: int, size: int = 32) -> list[Inputs]:
     """Cut the first ``count`` samples into batches of ``size``."""
-    axes = merged.batch_axes()
-    batches = []
-    for start in range(0, count, size):
-        stop = min(start + size, count)
-        cut = iter(
-            [
-                tensor if axis is None else tensor.narrow(axis, start, stop - start)
-                for tensor, axis in zip(merged.tensors(), axes, strict=True)
-            ]
-        )
-        batches.append(merged.map(lambda _, cut=cut: next(cut)))
-    return batches
+    return [merged.samples(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _drop(metric: str, mode: str | None, before: dict[str, float], after: dict[str, float]) -> float:

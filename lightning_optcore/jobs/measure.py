@@ -15,16 +15,18 @@ from rich.console import Console
 
 from lightning_optcore.compression.artifact import Artifact, load_artifact
 from lightning_optcore.jobs.errors import ConfigurationError
+from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.recording import recorded_run
-from lightning_optcore.measurement.compare import summary_table
+from lightning_optcore.measurement.comparison import summary_table
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
 from lightning_optcore.measurement.inputs import Inputs
-from lightning_optcore.measurement.measure import measure
 from lightning_optcore.measurement.quality import validate
+from lightning_optcore.measurement.yardstick import measure
 
 
 def run(config: DictConfig) -> None:
     """Load, measure, record, print."""
+    quieten_lightning()
     _check(config)
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     with recorded_run(config, output_dir) as recording:
@@ -52,7 +54,7 @@ def run(config: DictConfig) -> None:
 def _check(config: DictConfig) -> None:
     if config.artifact is None and (not config.get("model") or not config.get("data")):
         raise ConfigurationError(
-            "artifact=null: give artifact=<folder>, or model=<option> and data=<option> (with ckpt_path=<file>)"
+            "artifact=null: give artifact=<folder>, or model=<option> data=<option> ckpt_path=<file>"
         )
     if config.get("model") and not config.get("data"):
         raise ConfigurationError("data=null: a model needs data to validate on, e.g. data=digits")

@@ -61,14 +61,14 @@ class Recording:
 def recorded_run(config: DictConfig, output_dir: Path) -> Iterator[Recording]:
     """Open a row; mark it failed or interrupted, with the error, if the body does not come to its end."""
     path = OmegaConf.select(config, "store.path")
-    if path is None or rank_zero_only.rank != 0:
+    if path is None or _rank() != 0:
         yield Recording(None)
         return
     with Store(path) as store:
         run_id = store.start(
             config.job,
             overrides=list(HydraConfig.get().overrides.task),
-            config=OmegaConf.to_container(config, resolve=True),
+            config=dict(OmegaConf.to_container(config, resolve=True)),  # type: ignore[arg-type]
             hardware_fingerprint=hardware_fingerprint(),
             seed=config.get("seed"),
             directory=str(output_dir),
@@ -87,8 +87,12 @@ def recorded_run(config: DictConfig, output_dir: Path) -> Iterator[Recording]:
             recording.finish("done")
 
 
+def _rank() -> int:
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
 class RunRecorder(Callback):
-    """Writes learning curves and the data's fingerprint during the fit; keeps a checkpoint if it breaks off."""
+    """Writes learning curves and the data's fingerprint; keeps a checkpoint if the fit breaks off."""
 
     def __init__(self, recording: Recording, output_dir: Path, data_config: Any) -> None:
         super().__init__()

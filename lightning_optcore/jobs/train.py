@@ -16,13 +16,14 @@ from rich.console import Console
 from lightning_optcore.compression.export import ExportError
 from lightning_optcore.fingerprints import model_fingerprint
 from lightning_optcore.jobs.errors import ConfigurationError
+from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.objective import objective_values, parse_objective
 from lightning_optcore.jobs.recording import Recording, RunRecorder, recorded_run
-from lightning_optcore.measurement.compare import compare, summary_table
+from lightning_optcore.measurement.comparison import compare, summary_table
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
-from lightning_optcore.measurement.measure import measure
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.measurement.quality import validate
+from lightning_optcore.measurement.yardstick import measure
 from lightning_optcore.report.html import write_run_report
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 def run(config: DictConfig) -> float | tuple[float, ...] | None:
     """Fit, validate, test; measure; record; report. Returns what ``objective`` names."""
+    quieten_lightning()
     objective = parse_objective(config.objective)
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     with recorded_run(config, output_dir) as recording:
@@ -52,9 +54,8 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
         _check_callbacks(callbacks)
         for role, measurement in measurements.items():
             recording.measurement(role, measurement)
-        for callback in callbacks:
-            if getattr(callback, "artifact", None) is not None:
-                recording.recipe(callback.artifact.recipe)
+        for artifact in _artifacts(callbacks):
+            recording.recipe(artifact.recipe)
         known = {**quality, **next(reversed(measurements.values())).scalars()} if measurements else quality
         values = objective_values(objective, known)
         recording.finish("done")
@@ -93,6 +94,11 @@ def _measurements(callbacks: list[Callback]) -> dict[str, Measurement]:
     """Return before and after of the techniques: the first one's original, the last one's artifact."""
     done = [callback for callback in callbacks if getattr(callback, "after", None) is not None]
     return {"before": done[0].before, "after": done[-1].after} if done else {}  # type: ignore[attr-defined]
+
+
+def _artifacts(callbacks: list[Callback]) -> list[Any]:
+    made = (getattr(callback, "artifact", None) for callback in callbacks)
+    return [artifact for artifact in made if artifact is not None]
 
 
 def _measured(
@@ -149,9 +155,8 @@ def _summarise(
     elif measurements:
         console.print(summary_table(measurements["before"]))
     places = {"run": output_dir, "report": report, "store": config.store.path}
-    for callback in callbacks:
-        if getattr(callback, "artifact", None) is not None:
-            places["artifact"] = callback.artifact.path
+    for artifact in _artifacts(callbacks):
+        places["artifact"] = artifact.path
     for name, place in places.items():
         if place is not None:
             console.print(f"{name:>9}  {place}", soft_wrap=True, highlight=False)

@@ -9,21 +9,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_optcore.measurement.compare import Comparison, compare
+    from lightning_optcore.measurement.comparison import Comparison, compare
     from lightning_optcore.measurement.directions import direction_of
     from lightning_optcore.measurement.inputs import Inputs
-    from lightning_optcore.measurement.measure import measure, measure_alternatives
     from lightning_optcore.measurement.measurement import Latency, Measurement
+    from lightning_optcore.measurement.yardstick import measure, measure_alternatives
 
 _HOME_OF = {
-    "Comparison": "compare",
+    "Comparison": "comparison",
     "Inputs": "inputs",
     "Latency": "measurement",
     "Measurement": "measurement",
-    "compare": "compare",
+    "compare": "comparison",
     "direction_of": "directions",
-    "measure": "measure",
-    "measure_alternatives": "measure",
+    "measure": "yardstick",
+    "measure_alternatives": "yardstick",
 }
 
 __all__ = [
@@ -42,6 +42,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'lightning_optcore.measurement' has no attribute '{name}'")
     value = getattr(importlib.import_module(f"lightning_optcore.measurement.{_HOME_OF[name]}"), name)
-    # A submodule of the same name is set on the package by the import system: ours must win.
     globals()[name] = value
     return value

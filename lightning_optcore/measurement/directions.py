@@ -15,7 +15,20 @@ YARDSTICK: dict[str, Direction] = {
     "peak_memory_bytes": "minimize",
 }
 
-_LOWER_IS_BETTER = ("loss", "error", "err", "mae", "mse", "rmse", "perplexity", "ppl", "nll", "wer", "cer", "fid")
+_LOWER_IS_BETTER = (
+    "loss",
+    "error",
+    "err",
+    "mae",
+    "mse",
+    "rmse",
+    "perplexity",
+    "ppl",
+    "nll",
+    "wer",
+    "cer",
+    "fid",
+)
 
 
 def direction_of(name: str) -> Direction:

@@ -21,7 +21,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     """Let every call of ``module`` run ``forward`` inside the context."""
     had_own = "forward" in module.__dict__
     previous = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[assignment]
+    module.forward = forward
     try:
         yield
     finally:
@@ -80,7 +80,7 @@ class ForwardRecorder:
         return max((sum(i.batch_size for i in inputs) for inputs in self.inputs.values()), default=0)
 
     def target(self) -> str | None:
-        """Return the name of the called module that holds the most parameters; ``None`` if none was called."""
+        """Return the name of the called module with the most parameters; ``None`` if none was called."""
         modules = dict(self.root.named_modules())
         recorded = [name for name, inputs in self.inputs.items() if inputs]
         return max(recorded, key=lambda name: _num_parameters(modules[name]), default=None)

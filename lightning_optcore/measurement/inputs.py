@@ -64,7 +64,7 @@ class Inputs:
 
     @classmethod
     def of(cls, example: Any) -> Inputs:
-        """Read an example: ``Inputs``, a dict of keyword arguments, a tuple of positional ones, or a tensor."""
+        """Read ``Inputs``, a dict of keyword arguments, a tuple of positional ones, or a tensor."""
         if isinstance(example, Inputs):
             return example
         if isinstance(example, Mapping):
@@ -110,6 +110,16 @@ class Inputs:
             return tensor.index_select(axis, index)
 
         return self.map(resize)
+
+    def samples(self, start: int, stop: int) -> Inputs:
+        """Return the samples from ``start`` up to ``stop``."""
+        size = self.batch_size
+
+        def cut(tensor: Tensor) -> Tensor:
+            axis = _batch_axis(tensor, size)
+            return tensor if axis is None else tensor.narrow(axis, start, stop - start)
+
+        return self.map(cut)
 
     def to(self, device: torch.device | str) -> Inputs:
         """Return the inputs on another device."""

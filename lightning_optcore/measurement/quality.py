@@ -113,7 +113,7 @@ def _never() -> bool:
 def _metric_state(metric: nn.Module) -> dict[str, Any]:
     """Return copies of a torchmetrics metric's state, so that e.g. a running best stays the training's."""
     names = [*getattr(metric, "_defaults", {}), "_update_count", "_computed"]
-    state = {}
+    state: dict[str, Any] = {}
     for name in names:
         value = metric.__dict__.get(name)
         if isinstance(value, torch.Tensor):

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lightning_optcore.measurement.compare import Comparison, compare
+from lightning_optcore.measurement.comparison import Comparison, compare
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.report import figures
 from lightning_optcore.store import Run
@@ -41,10 +41,12 @@ def write_run_report(
         ModuleNotFoundError: If Plotly is not installed; the message names the extra.
         OSError: If the file cannot be written; nothing is left half-written.
     """
-    measurements = {role: run.measurements[role] for role in ("before", "after") if role in run.measurements}
+    measurements: dict[str, Measurement] = {
+        role: run.measurements[role] for role in ("before", "after") if role in run.measurements
+    }
     drawn = [figures.latency_figure(measurements), figures.size_figure(measurements)] if measurements else []
     both = compare(measurements["before"], measurements["after"]) if len(measurements) == 2 else None
-    last = next(reversed(measurements.values()), None)
+    last = list(measurements.values())[-1] if measurements else None
     return _write(
         "run.html.j2",
         Path(path),
@@ -146,7 +148,7 @@ def _rows(measurements: Mapping[str, Measurement]) -> list[tuple[str, list[str],
     """Return (quantity, one text per measurement, change) for the table."""
     if not measurements:
         return []
-    first, last = next(iter(measurements.values())), next(reversed(measurements.values()))
+    first, *_, last = [*measurements.values(), *measurements.values()]
     rows = []
     for row in compare(first, last).rows:
         digits = 4 if row.kind == "quality" else None
@@ -168,7 +170,7 @@ def _spreads(measurements: Mapping[str, Measurement], name: str) -> list[str]:
 
 def _number(value: float | None, digits: int | None) -> str:
     if value is None:
-        return "–"
+        return "-"
     if digits is not None:
         return f"{value:.{digits}f}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -180,9 +182,9 @@ def _cards(both: Comparison | None) -> list[tuple[str, str]]:
     cards = []
     for row in both.rows:
         if row.name == "size_bytes" and row.ratio is not None:
-            cards.append((f"{row.ratio:.2f}×", "of the bytes"))
+            cards.append((f"{row.ratio:.2f}x", "of the bytes"))
         elif row.name.startswith("latency_ms/") and row.ratio:
-            cards.append((f"{1 / row.ratio:.1f}×", f"as fast at batch {row.name.partition('/')[2]}"))
+            cards.append((f"{1 / row.ratio:.1f}x", f"as fast at batch {row.name.partition('/')[2]}"))
         elif row.kind == "quality" and row.difference is not None:
             cards.append((f"{row.difference:+.4f}", row.name))
     return cards

@@ -111,9 +111,7 @@ def compare(before: Measurement, after: Measurement) -> Comparison:
         '0.25x'
     """
     first, second = _costs(before), _costs(after)
-    rows = [
-        Row(name, first.get(name), second.get(name), "cost") for name in {**first, **second}
-    ]
+    rows = [Row(name, first.get(name), second.get(name), "cost") for name in {**first, **second}]
     rows += [
         Row(name, before.quality.get(name), after.quality.get(name), "quality")
         for name in {**before.quality, **after.quality}

@@ -1,0 +1,62 @@
+"""The user's own validation as a technique needs it: of the model, of a replacement, of what goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_optcore.measurement.forward_calls import ForwardRecorder
+from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.measurement.quality import Evaluation, validate
+
+
+class UserValidation:
+    """The user's own validation, as far as there is one."""
+
+    def __init__(self, trainer: Any, pl_module: Any) -> None:
+        self._trainer_class = type(trainer)
+        self._module = pl_module
+        self._loaders = trainer.val_dataloaders
+        self._limit = trainer.limit_val_batches
+        self._training_loader = trainer.train_dataloader
+        self.exists = bool(
+            trainer.enable_validation
+            and self._loaders is not None
+            and self._limit
+            and is_overridden("validation_step", pl_module)
+        )
+
+    def target(self) -> str | None:
+        """Return the name of the module that ``validation_step`` calls."""
+        if not self.exists:
+            return None
+        with ForwardRecorder(self._module) as recorder:
+            self._run(limit_batches=1)
+        return recorder.target()
+
+    def of_model(self) -> dict[str, float]:
+        """Return the metrics of the model itself."""
+        return self._run(self._limit).metrics if self.exists else {}
+
+    def of_replacement(self, name: str, replacement: Callable[..., Any]) -> Evaluation:
+        """Return the metrics with ``replacement`` in the place of the submodule ``name``."""
+        if not self.exists:
+            return Evaluation({})
+        return self._run(self._limit, replace=name, replacement=replacement)
+
+    def training_inputs(self, name: str, samples: int) -> list[Inputs]:
+        """Return what ``validation_step`` hands to a submodule on batches of the training loader."""
+        with ForwardRecorder(self._module, samples) as recorder:
+            self._run(limit_batches=64, dataloaders=self._training_loader)
+        return recorder.inputs.get(name, [])
+
+    def _run(self, limit_batches: Any, dataloaders: Any = None, **replacement: Any) -> Evaluation:
+        return validate(
+            self._module,
+            self._loaders if dataloaders is None else dataloaders,
+            trainer_class=self._trainer_class,
+            limit_batches=limit_batches,
+            **replacement,
+        )

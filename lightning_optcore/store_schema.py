@@ -1,0 +1,71 @@
+"""The tables of the store, and the migrations that make them."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+metadata = sa.MetaData()
+
+versions = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer, nullable=False))
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("finished_at", sa.Text),
+    sa.Column("job", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False, index=True),
+    sa.Column("error", sa.Text),
+    sa.Column("overrides", sa.Text, nullable=False),
+    sa.Column("config", sa.Text, nullable=False),
+    sa.Column("model_fingerprint", sa.Text, index=True),
+    sa.Column("data_fingerprint", sa.Text, index=True),
+    sa.Column("hardware_fingerprint", sa.Text, index=True),
+    sa.Column("recipe", sa.Text),
+    sa.Column("recipe_fingerprint", sa.Text, index=True),
+    sa.Column("seed", sa.Integer),
+    sa.Column("parent", sa.Integer, sa.ForeignKey("runs.id")),
+    sa.Column("directory", sa.Text),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+)
+
+measurements = sa.Table(
+    "measurements",
+    metadata,
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("role", sa.Text, primary_key=True),
+    sa.Column("content", sa.Text, nullable=False),
+)
+
+# The numbers of the measurements once more, flat, for queries.
+scalars = sa.Table(
+    "scalars",
+    metadata,
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("role", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True, index=True),
+    sa.Column("value", sa.Float),
+)
+
+curves = sa.Table(
+    "curves",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), nullable=False, index=True),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("value", sa.Float),
+)
+
+
+def _create_first_tables(connection: Connection) -> None:
+    metadata.create_all(connection)
+
+
+# Migration i brings schema version i to i + 1. Append; never change one that was released.
+MIGRATIONS = (_create_first_tables,)
+SCHEMA_VERSION = len(MIGRATIONS)

@@ -1,0 +1,92 @@
+"""What several tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lightning_optcore import Latency, Measurement
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """A quiet Trainer on the CPU whose files go to ``tmp_path``."""
+
+    def make(*callbacks: Callback, **options: Any) -> Trainer:
+        settings = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(callbacks=list(callbacks), **{**settings, **options})
+
+    return make
+
+
+@pytest.fixture
+def make_measurement() -> Callable[..., Measurement]:
+    def make(**changes: Any) -> Measurement:
+        values: dict[str, Any] = {
+            "params": 10,
+            "flops": 20,
+            "size_bytes": 400,
+            "latency_ms": {1: Latency(0.5, 0.6, 0.01, 100), 32: Latency(4.0, 5.0, 0.1, 100)},
+            "throughput": {1: 2000.0, 32: 8000.0},
+            "peak_memory_bytes": 1_000_000,
+            "quality": {"val/acc": 0.9},
+            "device": "cpu",
+            "num_threads": 1,
+            "hardware": "a processor",
+            "versions": {"torch": "2.13.0"},
+            "measured_at": "2026-01-01T00:00:00+00:00",
+        }
+        return Measurement(**{**values, **changes})
+
+    return make
+
+
+class ChildCaller(LightningModule):
+    """Its steps call ``self.net(x)``; ``forward`` is not used by any of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(64, 48), torch.nn.ReLU(), torch.nn.Linear(48, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the steps of this module never call forward")
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        images, labels = batch
+        return torch.nn.functional.cross_entropy(self.net(images.flatten(1)), labels)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        logits = self.net(images.flatten(1))
+        self.log("val/loss", torch.nn.functional.cross_entropy(logits, labels))
+        self.log("val/acc", (logits.argmax(1) == labels).float().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture
+def child_caller() -> LightningModule:
+    torch.manual_seed(0)
+    return ChildCaller()
