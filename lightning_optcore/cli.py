@@ -33,7 +33,7 @@ def _with_config_name(arguments: list[str]) -> list[str]:
 
     As a flag in ``sys.argv`` it survives Lightning's relaunch of further ranks.
     """
-    if not arguments or arguments[0].startswith("-") or "=" in arguments[0] or arguments[0][0] in "+~":
+    if not arguments or "=" in arguments[0] or arguments[0].startswith(("-", "+", "~")):
         return arguments
     if arguments[0] not in JOBS:
         sys.exit(

@@ -33,6 +33,11 @@ STATIC_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 DYNAMIC_OPERATORS = ("Gather", "Gemm", "LSTM", "MatMul")
 
 
+# x86 without VNNI adds two products of 8-bit numbers in 16 bits and saturates; weights within 7 bits cannot.
+# An artifact may run on another machine than the one that made it, so it is always safe.
+_SATURATION_SAFE = True
+
+
 class QuantizationError(RuntimeError):
     """A graph that ONNX Runtime's quantizer does not take; the message says why, in one line."""
 
@@ -86,6 +91,7 @@ def quantized(
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=None,
                 per_channel=True,
+                reduce_range=_SATURATION_SAFE,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=list(excluded),
@@ -97,6 +103,7 @@ def quantized(
                 str(target),
                 op_types_to_quantize=list(DYNAMIC_OPERATORS),
                 per_channel=True,
+                reduce_range=_SATURATION_SAFE,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=list(excluded),
                 nodes_to_quantize=list(only),

@@ -379,21 +379,23 @@ class PostTrainingQuantization(Callback):
         if self.max_quality_drop is None:
             return result, quality
         metric = self._metric(trainer, before, quality)
-        drop = _drop(metric, self.mode, before, quality)
-        if drop <= self.max_quality_drop:
+        drop, allowed = _drop(metric, self.mode, before, quality), self.max_quality_drop
+        if drop <= allowed:
             return result, quality
         nodes = result.most_sensitive_nodes()
-        best = drop
-        # Doubling asks few validations; the last set is at most twice as large as need be.
-        count = 1
-        while nodes and count < len(nodes):
+        tried: dict[int, tuple[QuantizedModel, dict[str, float], float]] = {}
+
+        def accepted(count: int) -> bool:
             candidate = result.excluding(nodes[:count])
-            quality = self._quality_of(validation, name, target, candidate)
-            best = min(best, _drop(metric, self.mode, before, quality))
-            if _drop(metric, self.mode, before, quality) <= self.max_quality_drop:
-                rank_zero_info(f"{STEP}: kept {count} of {len(nodes)} layers in fp32: {nodes[:count]}")
-                return candidate, quality
-            count *= 2
+            reached = self._quality_of(validation, name, target, candidate)
+            tried[count] = (candidate, reached, _drop(metric, self.mode, before, reached))
+            return tried[count][2] <= allowed
+
+        count = _fewest(len(nodes) - 1, accepted)
+        if count is not None:
+            rank_zero_info(f"{STEP}: kept {count} of {len(nodes)} layers in fp32: {nodes[:count]}")
+            return tried[count][:2]
+        best = min([drop, *(reached for _, _, reached in tried.values())])
         raise _Refused(
             f"{STEP}.max_quality_drop={self.max_quality_drop}: {metric} dropped by {drop:.4g}, and by "
             f"{best:.4g} with the most sensitive layers in fp32; allow more, or train with quantization"
@@ -457,6 +459,25 @@ def _of_one_structure(batches: Sequence[Inputs]) -> list[Inputs]:
 def _split(merged: Inputs, count: int, size: int = 32) -> list[Inputs]:
     """Cut the first ``count`` samples into batches of ``size``."""
     return [merged.samples(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _fewest(most: int, accepted: Callable[[int], bool]) -> int | None:
+    """Return the smallest accepted count of 1 to ``most``; ``None`` if there is none.
+
+    Each question costs a validation, hence doubling and bisection: exact where more layers in fp32 never
+    make the model worse.
+    """
+    if most < 1:
+        return None
+    refused, count = 0, 1
+    while not accepted(count):
+        if count == most:
+            return None
+        refused, count = count, min(2 * count, most)
+    while count - refused > 1:
+        middle = (refused + count) // 2
+        refused, count = (refused, middle) if accepted(middle) else (middle, count)
+    return count
 
 
 def _drop(metric: str, mode: str | None, before: dict[str, float], after: dict[str, float]) -> float:

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_optcore.compression.export import ExportError
 from lightning_optcore.fingerprints import model_fingerprint
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.logs import quieten_lightning
@@ -121,7 +120,7 @@ def _check_callbacks(callbacks: list[Callback]) -> None:
     for callback in callbacks:
         error = getattr(callback, "error", None)
         if error is not None:
-            raise ExportError(error) if "export" in error else ConfigurationError(error)
+            raise ConfigurationError(error)
 
 
 def _report(config: DictConfig, recording: Recording, output_dir: Path) -> Path | None:
