@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.errors import CompactHydraException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 JOBS = ("train", "measure", "report")
@@ -19,6 +22,31 @@ JOBS = ("train", "measure", "report")
 
 class JobError(CompactHydraException):
     """A job's failure that needs no traceback: Hydra prints the message and exits with 1."""
+
+
+class CheckOutputFolder(Callback):
+    """Hydra's callback that ends a run with one line where its folder cannot be made or written."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Check the folder of one run."""
+        _check_writable("hydra.run.dir", config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Check the folder of all runs of a sweep."""
+        _check_writable("hydra.sweep.dir", config.hydra.sweep.dir)
+
+
+def _check_writable(key: str, folder: str) -> None:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        # Hydra turns an exception of a callback into a warning; SystemExit passes.
+        sys.exit(
+            f"optcore: {key}={folder}: {error.strerror}; name a folder that can be written, "
+            "e.g. paths.output_root=~/outputs"
+        )
 
 
 def main() -> None:

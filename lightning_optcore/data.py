@@ -6,6 +6,7 @@ import gzip
 import struct
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -197,13 +198,13 @@ def read_idx(path: Path) -> np.ndarray:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
         zeros, kind, rank = struct.unpack(">HBB", content[:4])
+        if zeros != 0 or kind != 8:
+            raise DataError(
+                f"{path}: no IDX file of unsigned bytes; give the folder of the IDX files as data.root"
+            )
         shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
-    except (OSError, EOFError, struct.error) as error:
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise DataError(f"{path}: truncated or damaged ({error}); fetch the file again") from error
-    if zeros != 0 or kind != 8:
-        raise DataError(
-            f"{path}: no IDX file of unsigned bytes; give the folder of the IDX files as data.root"
-        )
     expected = int(np.prod(shape))
     present = len(content) - 4 - 4 * rank
     if present != expected:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optcore import Latency, Measurement
-
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +91,21 @@ class ChildCaller(LightningModule):
 def child_caller() -> LightningModule:
     torch.manual_seed(0)
     return ChildCaller()
+
+
+@pytest.fixture
+def optcore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in ``tmp_path`` as a user would; its output comes back, whatever its exit code."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "lightning_optcore.cli", *arguments],
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    return run

@@ -33,13 +33,26 @@ _MENDABLE = (
 def user_message(error: BaseException) -> str | None:
     """Return one line for an error that a user can mend; ``None`` for one that needs its traceback."""
     if isinstance(error, InstantiationException):
-        # Hydra's own message names the class and key; the cause says what was wrong with it.
-        cause = f": {_first_line(error.__cause__)}" if error.__cause__ is not None else ""
-        where = " ".join(line.strip() for line in str(error).splitlines() if "full_key" in line)
-        return f"{where or _first_line(error)}{cause}" if cause or where else _first_line(error)
+        return _instantiation_message(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return _first_line(error) if isinstance(error, _MENDABLE) else None
+
+
+def _instantiation_message(error: InstantiationException) -> str:
+    """Return ``key: reason``; the key is left out where the reason names it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    known = isinstance(error.__cause__, (*_MENDABLE, ValueError, TypeError))
+    reason = (
+        _first_line(error.__cause__)
+        if known and error.__cause__ is not None
+        else " ".join(line for line in lines if not line.startswith("full_key: "))
+    )
+    group, _, name = key.rpartition(".")
+    if name and reason.startswith(f"{name}."):
+        return f"{group}.{reason}" if group else reason
+    return f"{key}: {reason}" if key else reason
 
 
 def _first_line(error: BaseException) -> str:

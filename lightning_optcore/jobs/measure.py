@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_optcore.compression.artifact import Artifact, load_artifact
+from lightning_optcore.jobs.checks import check
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.logs import quieten_lightning
+from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.recording import recorded_run
 from lightning_optcore.measurement.comparison import summary_table
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
@@ -27,7 +30,9 @@ from lightning_optcore.measurement.yardstick import measure
 def run(config: DictConfig) -> None:
     """Load, measure, record, print."""
     quieten_lightning()
-    _check(config)
+    config = with_own_defaults(config, HydraConfig.get().overrides.task)
+    check(config)
+    _check_what_is_named(config)
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     with recorded_run(config, output_dir) as recording:
         seed_everything(config.seed, verbose=False)
@@ -51,7 +56,7 @@ def run(config: DictConfig) -> None:
     Console(width=None if sys.stdout.isatty() else 100).print(summary_table(taken))
 
 
-def _check(config: DictConfig) -> None:
+def _check_what_is_named(config: DictConfig) -> None:
     if config.artifact is None and (not config.get("model") or not config.get("data")):
         raise ConfigurationError(
             "artifact=null: give artifact=<folder>, or model=<option> data=<option> ckpt_path=<file>"
@@ -61,13 +66,10 @@ def _check(config: DictConfig) -> None:
 
 
 def _load_weights(model: LightningModule, path: str) -> None:
-    checkpoint = Path(path)
-    if not checkpoint.is_file():
-        raise ConfigurationError(f"ckpt_path={path}: no such file")
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
         model.load_state_dict(content["state_dict"])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigurationError(f"ckpt_path={path}: does not fit the model ({reason})") from error
 

@@ -14,9 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_optcore.fingerprints import model_fingerprint
+from lightning_optcore.jobs.checks import check
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.objective import objective_values, parse_objective
+from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.recording import Recording, RunRecorder, recorded_run
 from lightning_optcore.measurement.comparison import compare, summary_table
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 def run(config: DictConfig) -> float | tuple[float, ...] | None:
     """Fit, validate, test; measure; record; report. Returns what ``objective`` names."""
     quieten_lightning()
+    config = with_own_defaults(config, HydraConfig.get().overrides.task)
+    check(config)
     objective = parse_objective(config.objective)
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     with recorded_run(config, output_dir) as recording:

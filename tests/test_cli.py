@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+JOBS = ("train", "measure", "report")
+
+
+def loaded_modules(code: str) -> set[str]:
+    """Names of the modules that a fresh interpreter has loaded after ``code``."""
+    script = f"{code}\nimport sys; print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+def test_importing_the_package_loads_no_torch():
+    loaded = loaded_modules("import lightning_optcore; dir(lightning_optcore)")
+    assert not loaded & {"torch", "lightning", "hydra", "numpy"}
+
+
+def test_discovering_hydras_plugins_loads_no_torch():
+    loaded = loaded_modules("from hydra.core.plugins import Plugins; Plugins.instance()")
+    assert "hydra_plugins.lightning_optcore.user_conf" in loaded
+    assert not loaded & {"torch", "lightning"}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_showing_the_configuration_loads_no_torch(job):
+    code = (
+        f"import sys; sys.argv = ['optcore', '{job}', '--cfg', 'job']\n"
+        "from lightning_optcore.cli import main; main()"
+    )
+    assert not loaded_modules(code) & {"torch", "lightning"}
+
+
+def test_every_public_name_resolves():
+    import lightning_optcore
+
+    for name in lightning_optcore.__all__:
+        assert getattr(lightning_optcore, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        _ = lightning_optcore.colour
+
+
+def test_without_a_job_it_is_train(optcore):
+    shown = OmegaConf.create(optcore("--cfg", "job").stdout)
+    assert shown.job == "train"
+    assert shown == OmegaConf.create(optcore("train", "--cfg", "job").stdout)
+
+
+def test_overrides_reach_the_job(optcore):
+    overrides = ("model.width=7", "callbacks=post_training_quantization")
+    shown = OmegaConf.create(optcore(*overrides, "--cfg", "job").stdout)
+    assert shown.model.width == 7
+    assert shown.callbacks.post_training_quantization.scheme == "auto"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_names_the_job(optcore, job):
+    done = optcore(job, "--help")
+    assert done.returncode == 0
+    assert f"optcore {job}" in done.stdout
+
+
+def test_an_unknown_job_lists_the_jobs(optcore):
+    done = optcore("tran")
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "optcore: unknown job 'tran': expected one of train, measure, report, then overrides such as "
+        "model.width=64"
+    ]
+
+
+def test_a_mistyped_option_names_the_key(optcore):
+    done = optcore("train", "model.widht=8")
+    assert done.returncode == 1
+    assert "widht" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_mistyped_group_option_lists_the_options(optcore):
+    done = optcore("train", "data=digit")
+    assert done.returncode == 1
+    assert "digits" in done.stderr
+    assert "fashion_mnist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_options_of_the_current_folder_are_found(optcore, tmp_path):
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text("_target_: my_package.Net\n")
+    shown = OmegaConf.create(optcore("model=mine", "--cfg", "job").stdout)
+    assert shown.model == {"_target_": "my_package.Net"}

@@ -1,0 +1,82 @@
+"""Every option composes and instantiates, and says what the class says."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf, open_dict
+
+CONF = Path(__file__).parents[1] / "conf"
+GROUPS = sorted(
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "hydra"
+)
+JOBS = sorted(path.stem for path in CONF.glob("*.yaml"))
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+
+
+def composed(tmp_path: Path, *overrides: str, job: str = "train") -> Any:
+    with initialize_config_module("lightning_optcore.conf", version_base="1.3"):
+        overrides = (*overrides, f"paths.output_root={tmp_path}")
+        config = compose(job, overrides=list(overrides), return_hydra_config=True)
+        with open_dict(config):
+            config.hydra.runtime.output_dir = str(tmp_path)
+        HydraConfig.instance().set_config(config)
+    with open_dict(config):
+        config.pop("hydra")
+    return config
+
+
+def targets(node: Any) -> Iterator[dict[str, Any]]:
+    """Yield the nodes that name a class."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from targets(value)
+
+
+@pytest.mark.parametrize("option", GROUPS)
+def test_every_option_composes_and_instantiates(tmp_path, option):
+    group = option.partition("=")[0]
+    accelerator = ["trainer.accelerator=cpu"] if option == "trainer=gpu" else []
+    config = composed(tmp_path, option, *accelerator)
+    chosen = config if group == "experiment" else config[group]
+    nodes = list(targets(OmegaConf.to_container(chosen, resolve=True)))
+    for node in nodes:
+        assert instantiate(node) is not None
+    expected_empty = option in {"callbacks=none", "logger=none", "strategy=auto", "paths=default"}
+    assert bool(nodes) != expected_empty
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_composes(tmp_path, job):
+    config = composed(tmp_path, job=job)
+    assert config.job == HydraConfig.get().job.name == job
+    OmegaConf.to_container(config, resolve=True)
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_the_defaults_are_those_of_the_class(file):
+    for node in targets(OmegaConf.to_container(OmegaConf.load(CONF / file))):
+        if not node["_target_"].startswith("lightning_optcore."):
+            continue
+        parameters = inspect.signature(get_class(node["_target_"])).parameters
+        expected = {name: parameter.default for name, parameter in parameters.items()}
+        given = {key: tuple(v) if isinstance(v, list) else v for key, v in node.items() if key != "_target_"}
+        assert given == expected
+
+
+# `hydra` says where optcore itself runs; a foreign project has its own.
+@pytest.mark.parametrize("file", [f for f in FILES if f.parent.name not in ("", "hydra")], ids=str)
+def test_an_option_asks_nothing_of_the_project_that_uses_it(file):
+    """A foreign project has no ``paths.output_root``; only Hydra's own resolvers are everywhere."""
+    for reference in re.findall(r"\$\{([^}]*)\}", (CONF / file).read_text()):
+        assert reference.startswith(("hydra:", "now:"))
