@@ -31,7 +31,7 @@ Scheme = Literal["static", "dynamic"]
 STATIC_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Dynamic int8 convolutions are slower than fp32 ones in ONNX Runtime: they stay as they are.
 DYNAMIC_OPERATORS = ("Gather", "Gemm", "LSTM", "MatMul")
-
+_THIN_CHANNELS = 4
 
 # x86 without VNNI adds two products of 8-bit numbers in 16 bits and saturates; weights within 7 bits cannot.
 # An artifact may run on another machine than the one that made it, so it is always safe.
@@ -119,6 +119,22 @@ def quantizable_nodes(model: OnnxModel, scheme: Scheme) -> list[str]:
         node.name
         for node in model.proto.graph.node
         if node.op_type in operators and weights.intersection(node.input)
+    ]
+
+
+def thin_convolutions(model: OnnxModel) -> list[str]:
+    """Return the names of the convolutions of at most four input channels: the first one of an image net.
+
+    Their sums are too short for the integer kernels, and they are the most sensitive to rounding.
+    """
+    shapes = {tensor.name: tensor.dims for tensor in model.proto.graph.initializer}
+    return [
+        node.name
+        for node in model.proto.graph.node
+        if node.op_type == "Conv"
+        and node.input[1] in shapes
+        and shapes[node.input[1]][1] <= _THIN_CHANNELS
+        and not any(attribute.name == "group" and attribute.i > 1 for attribute in node.attribute)
     ]
 
 

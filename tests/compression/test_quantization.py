@@ -15,9 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MaxMetric
 
-from lightning_optcore import Recipe, load_artifact
+from lightning_optcore import load_artifact
 from lightning_optcore.callbacks import PostTrainingQuantization
-from lightning_optcore.compression.quantization import post_training_quantize
+from lightning_optcore.compression import onnx_quantization
+from lightning_optcore.compression.quantization import _fewest, post_training_quantize
 from lightning_optcore.data import Digits
 from lightning_optcore.models import CNN, MLP
 
@@ -332,13 +333,28 @@ def test_auto_takes_static_for_convolutions(make_trainer):
     torch.manual_seed(0)
     callback = quick()
     make_trainer(callback, max_epochs=2).fit(CNN(width=32, depth=2), Digits())
-    assert callback.artifact.recipe == Recipe().then(
-        "post_training_quantization",
-        backend="onnxruntime",
-        scheme="static",
-        weight_bits=8,
-        excluded_nodes=[],
-    )
+    parameters = callback.artifact.recipe.steps[0].parameters
+    assert parameters["scheme"] == "static"
+    assert callback.after.size_bytes < 0.4 * callback.before.size_bytes
+
+
+def test_layers_left_in_fp32_add_up():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    result = post_training_quantize(net, [torch.randn(16, 1, 8, 8)], scheme="static")
+    (thin,) = onnx_quantization.thin_convolutions(result.prepared)
+    first = result.excluding([thin])
+    assert thin not in first.most_sensitive_nodes()
+    rest = first.most_sensitive_nodes()
+    assert first.excluding(rest[:1]).parameters.excluded_nodes == [thin, rest[0]]
+
+
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_the_fewest_accepted_is_found(needed):
+    asked = []
+    found = _fewest(6, lambda count: asked.append(count) or count >= needed)
+    assert found == (needed if needed <= 6 else None)
+    assert len(set(asked)) == len(asked), "a question costs a validation"
 
 
 def test_a_read_only_place_is_reported_and_the_fit_succeeds(make_trainer, tmp_path):
