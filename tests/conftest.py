@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,29 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optcore import Latency, Measurement
+
+
+def needs_package(present: bool, package: str) -> None:
+    """Skip where Debian's ``package`` is not installed; fail in CI, which installs it."""
+    if not present:
+        reason = f"needs Debian's package: apt-get install {package}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+@pytest.fixture
+def fashion_mnist() -> Path:
+    """The folder of FashionMNIST's IDX files."""
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    needs_package(folder.is_dir(), "dataset-fashion-mnist")
+    return folder
+
+
+@pytest.fixture
+def browser() -> str:
+    """Path of a Chromium."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    needs_package(found is not None, "chromium")
+    return str(found)
 
 
 @pytest.fixture(autouse=True)

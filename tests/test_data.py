@@ -49,8 +49,8 @@ def test_digits_can_be_enlarged():
     assert 0 <= images.min() < images.max() <= 1
 
 
-def test_real_fashion_mnist():
-    data = FashionMNIST()
+def test_real_fashion_mnist(fashion_mnist):
+    data = FashionMNIST(root=str(fashion_mnist))
     data.prepare_data()
     data.setup()
     assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [55000, 5000, 10000]

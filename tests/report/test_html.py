@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import builtins
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -96,10 +95,8 @@ def test_missing_plotly_names_the_extra(finished_run, tmp_path, monkeypatch):
     assert not (tmp_path / "report.html").exists()
 
 
-def dom_after_loading(path, tmp_path) -> str:
+def dom_after_loading(browser, path, tmp_path) -> str:
     """Load a page in Debian's chromium without a network, and return the document it made."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert browser is not None, "the reports are looked at in a browser: apt-get install chromium"
     command = [
         "timeout",
         "-s",
@@ -118,10 +115,10 @@ def dom_after_loading(path, tmp_path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_a_browser_draws_the_figures_offline(finished_run, store, tmp_path):
+def test_a_browser_draws_the_figures_offline(browser, finished_run, store, tmp_path):
     run = finished_run(name=EVIL, override=f"note={EVIL}")
     path = write_run_report(run, store.curves(run.id), tmp_path / "sub" / "report.html", assets_dir=tmp_path)
-    dom = dom_after_loading(path, tmp_path)
+    dom = dom_after_loading(browser, path, tmp_path)
     assert dom.count('class="main-svg"') >= 3
     assert "scatterlayer" in dom
     title = re.search(r"<title>([^<]*)</title>", dom)
@@ -130,7 +127,7 @@ def test_a_browser_draws_the_figures_offline(finished_run, store, tmp_path):
     assert "http" not in re.sub(r"http://www.w3.org/\S+", "", path.read_text())
 
 
-def test_a_browser_draws_the_front(finished_run, store, tmp_path):
+def test_a_browser_draws_the_front(browser, finished_run, store, tmp_path):
     for params in (5, 10):
         finished_run(params=params)
     unmeasured = store.start("train")
@@ -142,6 +139,6 @@ def test_a_browser_draws_the_front(finished_run, store, tmp_path):
     text = path.read_text()
     assert f"Not drawn, because they lack one of the two: {unmeasured}." in text
     assert 'href="../report.html"' in text
-    dom = dom_after_loading(path, tmp_path)
+    dom = dom_after_loading(browser, path, tmp_path)
     assert "Pareto front" in dom
     assert 'class="main-svg"' in dom
