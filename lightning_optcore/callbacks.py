@@ -1,5 +1,7 @@
 """Everything that can be handed to ``Trainer(callbacks=[...])``."""
 
+from lightning_optcore.compression.distillation import KnowledgeDistillation
 from lightning_optcore.compression.quantization import PostTrainingQuantization
+from lightning_optcore.compression.structured_pruning import StructuredPruning
 
-__all__ = ["PostTrainingQuantization"]
+__all__ = ["KnowledgeDistillation", "PostTrainingQuantization", "StructuredPruning"]

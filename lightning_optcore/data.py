@@ -67,9 +67,7 @@ class Digits(_Images):
         torch.Size([16, 1, 8, 8])
     """
 
-    def __init__(
-        self, batch_size: int = 64, num_workers: int = 0, image_size: int = 8, split_seed: int = 0
-    ) -> None:
+    def __init__(self, batch_size: int = 64, num_workers: int = 0, image_size: int = 8, split_seed: int = 0) -> None:
         super().__init__(batch_size, num_workers)
         self.image_size = image_size
         self.split_seed = split_seed
@@ -86,8 +84,7 @@ class Digits(_Images):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(self.split_seed))
         val, test = int(0.7 * len(order)), int(0.85 * len(order))
         self.train_set, self.val_set, self.test_set = (
-            TensorDataset(images[index], labels[index])
-            for index in (order[:val], order[val:test], order[test:])
+            TensorDataset(images[index], labels[index]) for index in (order[:val], order[val:test], order[test:])
         )
 
 
@@ -180,9 +177,7 @@ class FashionMNIST(_Images):
             read_idx(temporary)
             temporary.replace(target)
         except (OSError, urllib.error.URLError) as error:
-            raise DataError(
-                f"data.url={self.url}: cannot fetch {name}.gz into {self.root} ({error})"
-            ) from error
+            raise DataError(f"data.url={self.url}: cannot fetch {name}.gz into {self.root} ({error})") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -199,9 +194,7 @@ def read_idx(path: Path) -> np.ndarray:
             content = gzip.decompress(content)
         zeros, kind, rank = struct.unpack(">HBB", content[:4])
         if zeros != 0 or kind != 8:
-            raise DataError(
-                f"{path}: no IDX file of unsigned bytes; give the folder of the IDX files as data.root"
-            )
+            raise DataError(f"{path}: no IDX file of unsigned bytes; give the folder of the IDX files as data.root")
         shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise DataError(f"{path}: truncated or damaged ({error}); fetch the file again") from error

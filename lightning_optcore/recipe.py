@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 # Where the built-in steps register themselves; imported when a recipe names one of them.
-_BUILT_IN = {"post_training_quantization": "lightning_optcore.compression.quantization"}
+_BUILT_IN = {
+    "post_training_quantization": "lightning_optcore.compression.quantization",
+    "structured_pruning": "lightning_optcore.compression.structured_pruning",
+}
 
 
 class RecipeError(ValueError):

@@ -203,9 +203,7 @@ class Store:
             for table in (tables.measurements, tables.scalars):
                 connection.execute(sa.delete(table).where(table.c.run_id == run_id, table.c.role == role))
             content = measurement.to_json()
-            connection.execute(
-                sa.insert(tables.measurements).values(run_id=run_id, role=role, content=content)
-            )
+            connection.execute(sa.insert(tables.measurements).values(run_id=run_id, role=role, content=content))
             connection.execute(sa.insert(tables.scalars), rows)
 
     def log_curve(self, run_id: int, step: int, epoch: int, values: Mapping[str, float]) -> None:
@@ -230,9 +228,7 @@ class Store:
             raise StoreError(f"run {run_id} is not in {self._name}")
         return found[0]
 
-    def runs(
-        self, *, job: str | None = None, status: str | None = None, limit: int | None = None
-    ) -> list[Run]:
+    def runs(self, *, job: str | None = None, status: str | None = None, limit: int | None = None) -> list[Run]:
         """Return runs, newest first."""
         return self._select(*_equal({"job": job, "status": status}), limit=limit)
 
@@ -276,9 +272,7 @@ class Store:
             status: Only runs of this status; ``None`` takes all.
         """
         directions = (
-            dict(objectives)
-            if isinstance(objectives, Mapping)
-            else {name: direction_of(name) for name in objectives}
+            dict(objectives) if isinstance(objectives, Mapping) else {name: direction_of(name) for name in objectives}
         )
         points = []
         for run in self.runs(status=status):
@@ -289,9 +283,7 @@ class Store:
             ]
             if all(math.isfinite(cost) for cost in costs):
                 points.append((costs, run))
-        front = [
-            (costs, run) for costs, run in points if not any(_dominates(other, costs) for other, _ in points)
-        ]
+        front = [(costs, run) for costs, run in points if not any(_dominates(other, costs) for other, _ in points)]
         return [run for _, run in sorted(front, key=lambda pair: pair[0])]
 
     def curves(self, run_id: int) -> dict[str, list[tuple[int, float]]]:
@@ -302,6 +294,27 @@ class Store:
             for row in connection.execute(query):
                 found.setdefault(row.name, []).append((row.step, _restored(row.value)))
         return found
+
+    def layer_latencies(self, hardware: str, backend: str) -> dict[str, float]:
+        """Return the milliseconds of the layers that were timed on a machine, by their description."""
+        table = tables.layer_latencies
+        query = sa.select(table.c.layer, table.c.milliseconds).where(
+            table.c.hardware_fingerprint == hardware, table.c.backend == backend
+        )
+        with self._reading() as connection:
+            return {row.layer: row.milliseconds for row in connection.execute(query)}
+
+    def add_layer_latencies(self, hardware: str, backend: str, milliseconds: Mapping[str, float]) -> None:
+        """Write the milliseconds of layers; a layer that is there already gets the new figure."""
+        table = tables.layer_latencies
+        rows = [
+            {"hardware_fingerprint": hardware, "backend": backend, "layer": layer, "milliseconds": value}
+            for layer, value in milliseconds.items()
+        ]
+        same = (table.c.hardware_fingerprint == hardware, table.c.backend == backend)
+        with self._writing() as connection:
+            connection.execute(sa.delete(table).where(*same, table.c.layer.in_(list(milliseconds))))
+            connection.execute(sa.insert(table), rows)
 
     @property
     def _is_sqlite(self) -> bool:
@@ -330,9 +343,7 @@ class Store:
         with self._reading() as connection:
             rows = connection.execute(query).all()
             taken = connection.execute(
-                sa.select(tables.measurements).where(
-                    tables.measurements.c.run_id.in_(sa.select(query.subquery().c.id))
-                )
+                sa.select(tables.measurements).where(tables.measurements.c.run_id.in_(sa.select(query.subquery().c.id)))
             ).all()
         measurements: dict[int, dict[str, Measurement]] = {}
         for row in taken:

@@ -61,11 +61,27 @@ curves = sa.Table(
     sa.Column("value", sa.Float),
 )
 
+# Milliseconds of single layers in a backend, by what they are (JSON): measured once per machine.
+layer_latencies = sa.Table(
+    "layer_latencies",
+    metadata,
+    sa.Column("hardware_fingerprint", sa.Text, primary_key=True),
+    sa.Column("backend", sa.Text, primary_key=True),
+    sa.Column("layer", sa.Text, primary_key=True),
+    sa.Column("milliseconds", sa.Float, nullable=False),
+)
+
+_FIRST = (versions, runs, measurements, scalars, curves)
+
 
 def _create_first_tables(connection: Connection) -> None:
-    metadata.create_all(connection)
+    metadata.create_all(connection, tables=_FIRST)
+
+
+def _create_layer_latencies(connection: Connection) -> None:
+    layer_latencies.create(connection)
 
 
 # Migration i brings schema version i to i + 1. Append; never change one that was released.
-MIGRATIONS = (_create_first_tables,)
+MIGRATIONS = (_create_first_tables, _create_layer_latencies)
 SCHEMA_VERSION = len(MIGRATIONS)

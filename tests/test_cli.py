@@ -30,8 +30,7 @@ def test_discovering_hydras_plugins_loads_no_torch():
 @pytest.mark.parametrize("job", JOBS)
 def test_showing_the_configuration_loads_no_torch(job):
     code = (
-        f"import sys; sys.argv = ['optcore', '{job}', '--cfg', 'job']\n"
-        "from lightning_optcore.cli import main; main()"
+        f"import sys; sys.argv = ['optcore', '{job}', '--cfg', 'job']\nfrom lightning_optcore.cli import main; main()"
     )
     assert not loaded_modules(code) & {"torch", "lightning"}
 
@@ -69,8 +68,7 @@ def test_an_unknown_job_lists_the_jobs(optcore):
     done = optcore("tran")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "optcore: unknown job 'tran': expected one of train, measure, report, then overrides such as "
-        "model.width=64"
+        "optcore: unknown job 'tran': expected one of train, measure, report, then overrides such as model.width=64"
     ]
 
 

@@ -186,9 +186,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
 def test_eight_processes_open_a_new_file_at_once(tmp_path):
     code = "import sys; from lightning_optcore.store import Store; Store(sys.argv[1]).start('train')"
     path = str(tmp_path / "optcore.db")
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, path], stderr=subprocess.PIPE) for _ in range(8)
-    ]
+    processes = [subprocess.Popen([sys.executable, "-c", code, path], stderr=subprocess.PIPE) for _ in range(8)]
     errors = [process.communicate(timeout=120)[1].decode() for process in processes]
     assert [process.returncode for process in processes] == [0] * 8, errors
     with Store(path) as store:

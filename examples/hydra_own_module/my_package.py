@@ -20,9 +20,7 @@ class Spirals(LightningDataModule):
         turned = angle + torch.pi * label
         place = torch.stack([angle * turned.cos(), angle * turned.sin()], dim=1) / 3
         place += self.noise * torch.randn(place.shape, generator=generator)
-        self.train, self.val = (
-            TensorDataset(place[part], label[part]) for part in (slice(400, None), slice(400))
-        )
+        self.train, self.val = (TensorDataset(place[part], label[part]) for part in (slice(400, None), slice(400)))
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.train, self.batch_size, shuffle=True)

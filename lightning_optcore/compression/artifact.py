@@ -105,9 +105,7 @@ def load_artifact(path: str | Path, *, num_threads: int | None = None) -> Artifa
         figures = _parsed(folder / MEASUREMENT, contents[MEASUREMENT])
         return Artifact(
             path=folder,
-            model=OnnxModel(
-                contents[MODEL], Signature.from_dict(manifest["signature"]), num_threads=num_threads
-            ),
+            model=OnnxModel(contents[MODEL], Signature.from_dict(manifest["signature"]), num_threads=num_threads),
             recipe=Recipe.from_json(contents[RECIPE].decode()),
             measurement=Measurement.from_dict(figures["after"]),
             before=Measurement.from_dict(figures["before"]),

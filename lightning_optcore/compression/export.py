@@ -104,9 +104,7 @@ def _export_program(module: nn.Module, inputs: Inputs, axes: Sequence[int | None
         if axis is not None:
             shapes[tensor] = {axis: batch}
     dynamic_shapes = shapes.dynamic_shapes(module, inputs.args, inputs.kwargs)
-    program = torch.export.export(
-        module, inputs.args, inputs.kwargs, dynamic_shapes=dynamic_shapes, strict=False
-    )
+    program = torch.export.export(module, inputs.args, inputs.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
     exported = torch.onnx.export(program, dynamo=True, verbose=False)
     if exported is None:
         raise ExportError("the exporter returned nothing")
@@ -187,9 +185,7 @@ def _structure(value: Any, leaf: Callable[[Tensor], TensorSpec]) -> Any:
         return items if isinstance(value, list) else tuple(items)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise ExportError(
-        f"a {type(value).__name__} among the arguments or outputs: expected tensors or plain values"
-    )
+    raise ExportError(f"a {type(value).__name__} among the arguments or outputs: expected tensors or plain values")
 
 
 def _spec(tensor: Tensor, name: str, axis: int | None) -> TensorSpec:

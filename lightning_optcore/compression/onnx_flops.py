@@ -33,17 +33,13 @@ _WEIGHT_TYPES = {
 
 def num_parameters(model: onnx.ModelProto) -> int:
     """Return the number of weights: initializers without shapes, scales and zero points."""
-    skipped = {
-        name for node in model.graph.node if node.op_type in _QUANTIZERS for name in list(node.input)[1:]
-    }
+    skipped = {name for node in model.graph.node if node.op_type in _QUANTIZERS for name in list(node.input)[1:]}
     # Dynamic quantization hands scales and zero points to other nodes; its names are the convention.
     suffixes = ("_scale", "_zero_point", "_quantized_scale")
     return sum(
         prod(tensor.dims)
         for tensor in model.graph.initializer
-        if tensor.data_type in _WEIGHT_TYPES
-        and tensor.name not in skipped
-        and not tensor.name.endswith(suffixes)
+        if tensor.data_type in _WEIGHT_TYPES and tensor.name not in skipped and not tensor.name.endswith(suffixes)
     )
 
 

@@ -182,9 +182,7 @@ class OnnxModel:
             raise ValueError(f"{len(args)} positional arguments given: this model takes {', '.join(names)}")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         unknown = [name for name in given if name not in names and given[name] is not None]
-        missing = [
-            name for name, spec in self.signature.inputs.items() if name not in given and any(specs_in(spec))
-        ]
+        missing = [name for name, spec in self.signature.inputs.items() if name not in given and any(specs_in(spec))]
         if unknown or missing:
             raise ValueError(f"arguments missing: {missing}, unknown: {unknown}; this model takes {names}")
         return {**{n: s for n, s in self.signature.inputs.items() if n not in given}, **given}

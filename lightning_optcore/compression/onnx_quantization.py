@@ -116,9 +116,7 @@ def quantizable_nodes(model: OnnxModel, scheme: Scheme) -> list[str]:
     operators = STATIC_OPERATORS if scheme == "static" else DYNAMIC_OPERATORS
     weights = {tensor.name for tensor in model.proto.graph.initializer if len(tensor.dims) > 1}
     return [
-        node.name
-        for node in model.proto.graph.node
-        if node.op_type in operators and weights.intersection(node.input)
+        node.name for node in model.proto.graph.node if node.op_type in operators and weights.intersection(node.input)
     ]
 
 
@@ -149,8 +147,7 @@ def sensitivity(
     probe = calibration[0]
     expected = probe.call(reference)
     harm = {
-        name: 1
-        - cosine_similarity(expected, probe.call(quantized(model, scheme, calibration[:4], only=[name])))
+        name: 1 - cosine_similarity(expected, probe.call(quantized(model, scheme, calibration[:4], only=[name])))
         for name in quantizable_nodes(model, scheme)
     }
     return sorted(harm, key=lambda name: harm[name], reverse=True)

@@ -229,6 +229,9 @@ class PostTrainingQuantization(Callback):
         >>> trainer = Trainer(callbacks=[PostTrainingQuantization(max_quality_drop=0.005)], logger=False)
     """
 
+    # Callbacks before it choose by what is fast there.
+    deploys_to = "onnxruntime-int8"
+
     def __init__(
         self,
         backend: str = "onnxruntime",
@@ -246,9 +249,7 @@ class PostTrainingQuantization(Callback):
         super().__init__()
         _check_options(backend, scheme, weight_bits)
         if max_quality_drop is not None and max_quality_drop < 0:
-            raise MisconfigurationException(
-                f"{STEP}.max_quality_drop={max_quality_drop}: expected at least 0"
-            )
+            raise MisconfigurationException(f"{STEP}.max_quality_drop={max_quality_drop}: expected at least 0")
         if mode not in (None, "min", "max"):
             raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
         for key, value in (
@@ -258,9 +259,7 @@ class PostTrainingQuantization(Callback):
             *(("batch_sizes", size) for size in batch_sizes or [0]),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise MisconfigurationException(
-                    f"{STEP}.{key}={value!r}: expected a whole number of at least 1"
-                )
+                raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected a whole number of at least 1")
         self.backend = backend
         self.scheme = scheme
         self.weight_bits = weight_bits

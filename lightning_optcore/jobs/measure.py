@@ -74,9 +74,7 @@ def _load_weights(model: LightningModule, path: str) -> None:
         raise ConfigurationError(f"ckpt_path={path}: does not fit the model ({reason})") from error
 
 
-def _called(
-    model: LightningModule | None, data: LightningDataModule | None
-) -> tuple[str | None, Inputs | None]:
+def _called(model: LightningModule | None, data: LightningDataModule | None) -> tuple[str | None, Inputs | None]:
     """Return the module that validation calls, and a batch of its inputs."""
     if model is None or data is None:
         return None, None

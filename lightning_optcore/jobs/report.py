@@ -19,14 +19,10 @@ def run(config: DictConfig) -> None:
     """Read the store, write the overview, list the runs."""
     objective = parse_objective(config.objective)
     if len(objective) != 2:
-        raise ConfigurationError(
-            f"objective={list(objective)}: expected two names, e.g. [latency_ms,val/acc]"
-        )
+        raise ConfigurationError(f"objective={list(objective)}: expected two names, e.g. [latency_ms,val/acc]")
     path = Path(config.store.path)
     if "://" not in config.store.path and not path.is_file():
-        raise ConfigurationError(
-            f"store.path={path}: no such file; run `optcore train` first, or name another"
-        )
+        raise ConfigurationError(f"store.path={path}: no such file; run `optcore train` first, or name another")
     with Store(config.store.path) as store:
         runs = store.runs(limit=config.limit)
         front = store.pareto_front(objective)

@@ -74,9 +74,7 @@ def _trainer(config: DictConfig, callbacks: list[Callback]) -> Trainer:
         settings["enable_progress_bar"] = sys.stderr.isatty()
     strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.name
     loggers = _instantiate_all(config.logger)
-    return instantiate(
-        config.trainer, callbacks=callbacks, logger=loggers or False, strategy=strategy, **settings
-    )
+    return instantiate(config.trainer, callbacks=callbacks, logger=loggers or False, strategy=strategy, **settings)
 
 
 def _instantiate_all(group: DictConfig | None) -> list[Any]:

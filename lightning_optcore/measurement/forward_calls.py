@@ -15,6 +15,21 @@ from torch import nn
 
 from lightning_optcore.measurement.inputs import Inputs
 
+# Marks a forward of ours; its value is the instance's own forward that it stands in for.
+_PREVIOUS = "_optcore_previous_forward"
+
+
+def unwrap_forwards(copied: nn.Module) -> None:
+    """Take off, from a copy of a module, what was put around the forwards of the original.
+
+    A copy shares these functions with its original, and would call the original's layers.
+    """
+    for child in copied.modules():
+        while hasattr(child.__dict__.get("forward"), _PREVIOUS):
+            previous = getattr(child.__dict__.pop("forward"), _PREVIOUS)
+            if previous is not None:
+                child.__dict__["forward"] = previous
+
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
@@ -98,6 +113,7 @@ class ForwardRecorder:
             finally:
                 self._depth -= 1
 
+        setattr(forward, _PREVIOUS, module.__dict__.get("forward"))
         module.forward = forward
 
     def _record(self, name: str, inputs: Inputs) -> None:

@@ -146,9 +146,6 @@ def joined(batches: Sequence[Inputs]) -> Inputs:
     axes = first.batch_axes()
     columns = zip(*(batch.tensors() for batch in batches), strict=True)
     merged = iter(
-        [
-            column[0] if axis is None else torch.cat(column, dim=axis)
-            for axis, column in zip(axes, columns, strict=True)
-        ]
+        [column[0] if axis is None else torch.cat(column, dim=axis) for axis, column in zip(axes, columns, strict=True)]
     )
     return first.map(lambda _: next(merged))

@@ -139,8 +139,7 @@ def measure_alternatives(
         for size in batch_sizes:
             batch = inputs.resized(size)
             calls = {
-                name: _timed_call(runner, batch.to(places[name]), places[name])
-                for name, runner in runners.items()
+                name: _timed_call(runner, batch.to(places[name]), places[name]) for name, runner in runners.items()
             }
             latencies[size] = time_in_turns(calls, rounds=rounds)
     for name, model in models.items():
@@ -227,9 +226,7 @@ def _flops(model: nn.Module | Deployed, sample: Inputs) -> int | None:
     return int(counter.get_total_flops())
 
 
-def _peak_memory(
-    model: nn.Module | Deployed, batch: Inputs, num_threads: int, device: torch.device
-) -> int | None:
+def _peak_memory(model: nn.Module | Deployed, batch: Inputs, num_threads: int, device: torch.device) -> int | None:
     if not isinstance(model, nn.Module):
         # A new session, so that its weights are loaded inside the window.
         return peak_memory(lambda: batch.call(model.runner(num_threads)), device)

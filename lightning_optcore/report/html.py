@@ -104,9 +104,7 @@ def write_overview_report(
     )
 
 
-def _write(
-    template: str, path: Path, assets_dir: str | Path | None, self_contained: bool, **values: Any
-) -> Path:
+def _write(template: str, path: Path, assets_dir: str | Path | None, self_contained: bool, **values: Any) -> Path:
     environment = Environment(
         loader=PackageLoader("lightning_optcore.report"),
         autoescape=True,

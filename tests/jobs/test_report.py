@@ -10,9 +10,7 @@ def three_runs(tmp_path, make_measurement):
     with Store(tmp_path / "outputs" / "optcore.db") as store:
         for params, accuracy in ((10, 0.9), (20, 0.95), (30, 0.92)):
             run_id = store.start("train", overrides=[f"model.width={params}"])
-            store.add_measurement(
-                run_id, "after", make_measurement(params=params, quality={"val/acc": accuracy})
-            )
+            store.add_measurement(run_id, "after", make_measurement(params=params, quality={"val/acc": accuracy}))
             store.finish(run_id)
 
 

@@ -21,9 +21,7 @@ def store(tmp_path):
 @pytest.fixture
 def finished_run(store, make_measurement, tmp_path):
     def make(*, name: str = "val/acc", params: int = 10, override: str = "model.width=8"):
-        run_id = store.start(
-            "train", overrides=[override], config={"note": override}, seed=0, directory=str(tmp_path)
-        )
+        run_id = store.start("train", overrides=[override], config={"note": override}, seed=0, directory=str(tmp_path))
         store.add_measurement(run_id, "before", make_measurement(quality={name: 0.9}, params=params))
         fast = {1: Latency(0.05, 0.06, 0.002), 32: Latency(1.0, 1.5, 0.1)}
         after = make_measurement(size_bytes=100, latency_ms=fast, quality={name: 0.89}, params=params)
@@ -133,9 +131,7 @@ def test_a_browser_draws_the_front(browser, finished_run, store, tmp_path):
     unmeasured = store.start("train")
     (tmp_path / "report.html").write_text("a run's own report")
     front = store.pareto_front(["params", "val/acc"])
-    path = write_overview_report(
-        store.runs(), front, ["params", "val/acc"], tmp_path / "overview" / "index.html"
-    )
+    path = write_overview_report(store.runs(), front, ["params", "val/acc"], tmp_path / "overview" / "index.html")
     text = path.read_text()
     assert f"Not drawn, because they lack one of the two: {unmeasured}." in text
     assert 'href="../report.html"' in text

@@ -1,0 +1,632 @@
+"""Structured pruning: channels, neurons and heads are removed for real, chosen by what they cost where they will run.
+
+Criteria: ``l2`` sums squared weights (Li et al., ICLR 2017, arXiv:1608.08710); ``taylor`` estimates the change of the
+loss, (gradient x weight)^2 per weight (Molchanov et al., CVPR 2019, arXiv:1906.10771, equation 8). Gradual pruning
+follows the cubic schedule of Zhu and Gupta (2017, arXiv:1710.01878).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_optcore.compression.attention import allow_missing_heads
+from lightning_optcore.compression.channel_costs import ChannelCosts
+from lightning_optcore.compression.channel_groups import (
+    ChannelGroups,
+    apply_cut,
+    find_channel_groups,
+    plan_cut,
+    unit_scores,
+)
+from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, open_ledger
+from lightning_optcore.compression.layer_latency import LayerLatency
+from lightning_optcore.compression.structure import Structure, resize
+from lightning_optcore.compression.training_state import (
+    all_finite,
+    cut_optimizer,
+    random_state,
+    restore_random_state,
+    wrap_again,
+)
+from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
+from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.recipe import Step, register_step
+
+STEP = "structured_pruning"
+CRITERIA = ("l2", "taylor", "random")
+Criterion = Callable[[str, Tensor, "Tensor | None"], Tensor]
+
+# Steps of training whose gradients are averaged before a decision.
+_GRADIENT_STEPS = 10
+_GRADUAL_CUTS = 10
+# No layer is cut below this share of its channels.
+_FLOOR = 0.125
+
+
+@dataclass
+class StructuredPruningParameters:
+    """The recipe step: the structure that is left, and how it was chosen.
+
+    Names of tensors and layers are relative to the whole module.
+    """
+
+    target_flops: float | None = None
+    target_params: float | None = None
+    target_latency: float | None = None
+    criterion: str = "taylor"
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attention: list[str] = field(default_factory=list)
+
+
+@register_step(STEP, StructuredPruningParameters)
+def _rebuild(module: nn.Module, parameters: StructuredPruningParameters) -> nn.Module:
+    for name in parameters.attention:
+        allow_missing_heads(module.get_submodule(name))
+    resize(module, Structure(parameters.shapes, parameters.sizes))
+    return module
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is to be left of the original, as fractions; ``None`` sets no bound.
+
+    Args:
+        flops: Of the FLOPs (and MACs).
+        params: Of the parameters.
+        latency: Of the summed latency of the layers.
+    """
+
+    flops: float | None = None
+    params: float | None = None
+    latency: float | None = None
+
+    def given(self) -> dict[str, float]:
+        """Return the targets that are set."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def at(self, progress: float) -> Targets:
+        """Return the targets of the cubic schedule at a progress from 0 to 1."""
+        share = 1 - (1 - progress) ** 3
+        return Targets(**{name: 1 - (1 - value) * share for name, value in self.given().items()})
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What :func:`prune_channels` did.
+
+    Args:
+        step: The recipe step.
+        removed: Removed units by group.
+        left: What is left of the original: fractions of ``flops``, ``params`` and, if timed, ``latency``.
+        skipped: Layers that could not be pruned, with the reason.
+    """
+
+    step: Step
+    removed: dict[str, list[int]]
+    left: dict[str, float]
+    skipped: dict[str, str]
+
+
+def prune_channels(
+    module: nn.Module,
+    example_inputs: Any,
+    *,
+    target_flops: float | None = None,
+    target_params: float | None = None,
+    target_latency: float | None = None,
+    criterion: str | Criterion = "l2",
+    ignore: Sequence[str | type[nn.Module]] = (),
+    latency: LayerLatency | None = None,
+) -> Pruning:
+    """Remove channels, neurons and attention heads of a module, in place.
+
+    What is removed is what costs the least importance per saved cost. The channels of the output stay.
+
+    Args:
+        module: Any module.
+        example_inputs: What ``forward`` takes: a tensor, a tuple or a dict of keyword arguments.
+        target_flops: Fraction of the FLOPs to leave.
+        target_params: Fraction of the parameters to leave.
+        target_latency: Fraction of the layers' latency to leave.
+        criterion: ``"l2"``, ``"taylor"`` (needs gradients: call ``backward`` first), ``"random"``, or a
+            function of (name, weight, gradient) that returns one non-negative number per weight.
+        ignore: Layers that keep their channels: names (``*`` allowed) or types.
+        latency: Times layers in the backend that will run them; with it, what to cut is chosen by latency
+            as well. ``None`` times layers in torch if ``target_latency`` is given.
+
+    Raises:
+        MisconfigurationException: If a target makes no sense or cannot be reached.
+        ValueError: If the module cannot be traced.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> pruning = prune_channels(net, torch.randn(8, 16), target_params=0.5)
+        >>> net[0].out_features
+        32
+    """
+    targets = Targets(target_flops, target_params, target_latency)
+    _check_targets(targets)
+    if target_latency is not None and latency is None:
+        latency = LayerLatency()
+    before = Structure.of(module)
+    found = find_channel_groups(module, example_inputs, ignore)
+    costs = ChannelCosts(module, example_inputs, found, latency)
+    saliency = {
+        name: saliency_of(criterion, name, parameter.detach(), parameter.grad)
+        for name, parameter in module.named_parameters()
+    }
+    removed = choose_channels(found, costs, saliency, targets, normalised=criterion != "taylor")
+    cut = plan_cut(module, example_inputs, removed, found)
+    apply_cut(module, cut)
+    kept = _kept(found, removed)
+    change = before.changed_to(Structure.of(module))
+    step = _step(targets, criterion, change, cut.attention)
+    return Pruning(step, removed, _left(costs, kept, _original(costs)), found.skipped)
+
+
+def saliency_of(criterion: str | Criterion, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
+    """Return how much each weight matters."""
+    if callable(criterion):
+        return criterion(name, weight, gradient)
+    if criterion == "l2":
+        return weight.square()
+    if criterion == "random":
+        generator = torch.Generator().manual_seed(sum(name.encode()))
+        return torch.rand(weight.shape, generator=generator)
+    if gradient is None:
+        return torch.zeros_like(weight)
+    return (weight * gradient).square()
+
+
+def choose_channels(
+    found: ChannelGroups,
+    costs: ChannelCosts,
+    saliency: Mapping[str, Tensor],
+    targets: Targets,
+    *,
+    original: Mapping[str, float] | None = None,
+    floors: Mapping[str, int] | None = None,
+    normalised: bool = True,
+) -> dict[str, list[int]]:
+    """Choose the units to remove: the least saliency per saved cost first, until every target is met.
+
+    Args:
+        found: The groups.
+        costs: What the network costs.
+        saliency: One non-negative number per weight, by the tensor's name.
+        targets: What to leave of the original.
+        original: Costs of the original where ``found`` is of a network that was pruned before.
+        floors: Fewest units that a group keeps.
+        normalised: Compare shares of a group's saliency, for criteria whose scale differs between layers.
+
+    Raises:
+        MisconfigurationException: If the targets cannot be reached.
+    """
+    whole = _original(costs)
+    original = dict(original) if original is not None else whole
+    scores = {name: unit_scores(group, saliency) for name, group in found.groups.items()}
+    order = {name: torch.argsort(values) for name, values in scores.items()}
+    lost = {
+        name: torch.cumsum(values[order[name]], 0) / (values.sum().clamp_min(1e-30) if normalised else 1.0)
+        for name, values in scores.items()
+    }
+    kept = costs.whole
+    least = {name: max(1, ceil(_FLOOR * units)) for name, units in kept.items()}
+    least.update({name: floor for name, floor in (floors or {}).items() if name in least})
+
+    def unmet() -> list[str]:
+        return [
+            name for name, value in targets.given().items() if _cost(costs, name, kept) > value * original[name] + 1e-9
+        ]
+
+    def loss(name: str, count: int) -> float:
+        return float(lost[name][count - 1]) if count else 0.0
+
+    while names := unmet():
+        best: tuple[float, str, int] | None = None
+        for group, present in kept.items():
+            units = found.groups[group].units
+            stride = _stride(units)
+            for strides in (1, 2, 4):
+                after = (present - 1) // stride * stride - (strides - 1) * stride if stride > 1 else present - strides
+                if after < least[group]:
+                    continue
+                trial = {**kept, group: after}
+                saved = sum(_saving(costs, name, group, kept, trial) / original[name] for name in names)
+                if "latency" in original and "latency" not in names:
+                    saved += _saving(costs, "latency", group, kept, trial) / original["latency"]
+                if saved <= 0:
+                    continue
+                price = (loss(group, units - after) - loss(group, units - present)) / saved
+                if best is None or price < best[0]:
+                    best = (price, group, after)
+        if best is None:
+            raise MisconfigurationException(_unreachable(targets, costs, kept, original))
+        kept[best[1]] = best[2]
+    return {
+        name: sorted(order[name][: found.groups[name].units - count].tolist())
+        for name, count in kept.items()
+        if count < found.groups[name].units
+    }
+
+
+def _stride(units: int) -> int:
+    """Remove channels in multiples that vector instructions like, single ones where there are few."""
+    return 8 if units >= 64 else 4 if units >= 32 else 1
+
+
+def _cost(costs: ChannelCosts, name: str, kept: Mapping[str, int]) -> float:
+    return float(getattr(costs, name)(kept))
+
+
+def _saving(costs: ChannelCosts, name: str, group: str, kept: Mapping[str, int], trial: Mapping[str, int]) -> float:
+    if name == "latency":
+        return costs.latency_of(group, kept) - costs.latency_of(group, trial)
+    return _cost(costs, name, kept) - _cost(costs, name, trial)
+
+
+def _original(costs: ChannelCosts) -> dict[str, float]:
+    names = ("flops", "params", "latency") if costs.timed else ("flops", "params")
+    return {name: _cost(costs, name, costs.whole) for name in names}
+
+
+def _left(costs: ChannelCosts, kept: Mapping[str, int], original: Mapping[str, float]) -> dict[str, float]:
+    return {name: _cost(costs, name, kept) / value for name, value in original.items() if value}
+
+
+def _kept(found: ChannelGroups, removed: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    return {name: group.units - len(removed.get(name, ())) for name, group in found.groups.items()}
+
+
+def _unreachable(targets: Targets, costs: ChannelCosts, kept: Mapping[str, int], original: Mapping[str, float]) -> str:
+    left = _left(costs, kept, original)
+    short = {name: value for name, value in targets.given().items() if left[name] > value}
+    asked = ", ".join(f"target_{name}={value}" for name, value in short.items())
+    floor = ", ".join(f"{left[name]:.3f} of the {name}" for name in short)
+    holders = ", ".join(f"{name} ({share:.0%})" for name, share in costs.shares(kept)[:4])
+    return f"{STEP}.{asked} cannot be reached: at least {floor} stay, most of it in {holders}"
+
+
+def _check_targets(targets: Targets) -> None:
+    if not targets.given():
+        raise MisconfigurationException(
+            f"{STEP}: give target_flops, target_params or target_latency, e.g. target_flops=0.5"
+        )
+    for name, value in targets.given().items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise MisconfigurationException(
+                f"{STEP}.target_{name}={value!r}: expected the fraction of the original to leave, above 0, at most 1"
+            )
+
+
+def _step(targets: Targets, criterion: str | Criterion, change: Structure, attention: Sequence[str]) -> Step:
+    name = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "callable")
+    parameters = {
+        **{f"target_{key}": value for key, value in vars(targets).items()},
+        "criterion": name,
+        "shapes": change.shapes,
+        "sizes": change.sizes,
+        "attention": list(attention),
+    }
+    return Step(STEP, parameters)
+
+
+class StructuredPruning(Callback):
+    """Remove channels, neurons and attention heads during the fit; the training goes on with what is left.
+
+    The module that the steps call is cut, with its gradients, the optimizers' moments and weight averages; the
+    learning-rate schedule goes on. Checkpoints hold the recipe: resuming, testing and loading follow it.
+
+    Args:
+        target_flops: Fraction of the FLOPs (and MACs) to leave.
+        target_params: Fraction of the parameters to leave.
+        target_latency: Fraction of the latency to leave, as measured layer by layer in the backend that will
+            run the model: ONNX Runtime where a quantization callback follows, torch otherwise.
+        criterion: ``"taylor"``, ``"l2"``, ``"random"``, or a function of (name, weight, gradient).
+        start_epoch: Epoch of the (first) cut; may be a fraction. Where the fit is planned to end before, the
+            cut is moved to its first half.
+        end_epoch: Prune gradually up to this epoch; ``None`` prunes at once.
+        ignore: Layers that keep their channels: names (``*`` allowed) or types.
+        example_inputs: What the module takes; by default the inputs of the first batch.
+        batch_sizes: Batch sizes at which layers are timed.
+        cache: Store that keeps the timed layers; by default ``~/.cache/lightning_optcore/latency.db``.
+
+    Attributes:
+        left: What is left of the original: fractions of ``flops``, ``params`` and ``latency``.
+        skipped: Layers that could not be pruned, with the reason.
+
+    Raises:
+        MisconfigurationException: If an option makes no sense or a target cannot be reached.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[StructuredPruning(target_flops=0.5)], logger=False)
+    """
+
+    def __init__(
+        self,
+        target_flops: float | None = None,
+        target_params: float | None = None,
+        target_latency: float | None = None,
+        criterion: str | Criterion = "taylor",
+        start_epoch: float = 0,
+        end_epoch: float | None = None,
+        ignore: Sequence[str | type[nn.Module]] = (),
+        example_inputs: Any = None,
+        batch_sizes: Sequence[int] = (1, 32),
+        cache: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.targets = Targets(target_flops, target_params, target_latency)
+        _check_targets(self.targets)
+        if not callable(criterion) and criterion not in CRITERIA:
+            expected = ", ".join(CRITERIA)
+            raise MisconfigurationException(f"{STEP}.criterion={criterion!r}: expected one of {expected}")
+        if start_epoch < 0:
+            raise MisconfigurationException(f"{STEP}.start_epoch={start_epoch}: expected at least 0")
+        if end_epoch is not None and end_epoch < start_epoch:
+            raise MisconfigurationException(
+                f"{STEP}.end_epoch={end_epoch}: expected at least start_epoch={start_epoch}"
+            )
+        self.criterion = criterion
+        self.start_epoch = start_epoch
+        self.end_epoch = end_epoch
+        self.ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+        self.example_inputs = example_inputs
+        self.batch_sizes = tuple(batch_sizes)
+        self.cache = cache
+        self.left: dict[str, float] = {}
+        self.skipped: dict[str, str] = {}
+        self._key: str | None = None
+        self._batch = 0
+        self._progress = 0.0
+        self._original: dict[str, float] = {}
+        self._floors: dict[str, int] = {}
+        self._saliency: dict[str, Tensor] = {}
+        self._recorder: ForwardRecorder | None = None
+        self._target: str | None = None
+        self._inputs: Inputs | None = Inputs.of(example_inputs) if example_inputs is not None else None
+        self._opened = False
+
+    @property
+    def state_key(self) -> str:
+        """Two of them in one Trainer keep their states apart."""
+        return f"{type(self).__qualname__}{self.targets.given()}"
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Begin to keep the recipe in checkpoints."""
+        self._open(trainer, pl_module)
+
+    def _open(self, trainer: Any, pl_module: Any) -> None:
+        if not self._opened:
+            open_ledger(pl_module, trainer)
+            self._opened = True
+
+    def _close(self, pl_module: Any) -> None:
+        if self._recorder is not None:
+            self._recorder.detach()
+        if self._opened:
+            close_ledger(pl_module)
+            self._opened = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Learn from the first batch what the module is called with."""
+        ledger = open_ledger(pl_module, trainer)
+        close_ledger(pl_module)
+        if self._key is None:
+            self._key = free_key(ledger, STEP)
+        if self._target is None:
+            self._recorder = ForwardRecorder(pl_module, max_samples=2)
+            self._recorder.attach()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Cut where the schedule says so."""
+        progress = self._due(trainer)
+        if progress is not None and self._target is not None:
+            self._prune(trainer, pl_module, progress)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Average the saliency over the steps before a cut."""
+        if self._progress >= 1 or not self._is_watching(trainer):
+            return
+        for name, parameter in pl_module.named_parameters():
+            if parameter.grad is not None:
+                saliency = saliency_of(self.criterion, name, parameter.detach(), parameter.grad)
+                known = self._saliency.get(name)
+                self._saliency[name] = saliency if known is None else known + saliency
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        """Count; stop watching the forward once its inputs are known."""
+        self._batch += 1
+        if self._target is None and self._recorder is not None and self._recorder.target() is not None:
+            self._recorder.detach()
+            self._target = self._recorder.target()
+            if self._inputs is None:
+                recorded = self._recorder.inputs[self._target or ""][0]
+                self._inputs = recorded.resized(min(2, recorded.batch_size))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Finish what the fit was too short for."""
+        if self._progress < 1 and self._target is not None and not trainer.interrupted:
+            rank_zero_warn(f"{STEP}: the fit ended before the last cut, which comes now without training after it")
+            self._prune(trainer, pl_module, 1.0)
+        if not all_finite(pl_module.parameters()):
+            rank_zero_warn(f"{STEP}: the weights are not finite after the fit; load an earlier checkpoint")
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module's hooks as they were."""
+        self._close(pl_module)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module's hooks as they were."""
+        self._close(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the schedule is, and the random state, so that a resumed run is the same run."""
+        return {
+            "key": self._key,
+            "batch": self._batch,
+            "progress": self._progress,
+            "original": dict(self._original),
+            "floors": dict(self._floors),
+            "saliency": dict(self._saliency),
+            "left": dict(self.left),
+            "target": self._target,
+            "inputs": self._plain_inputs(),
+            "random": random_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was."""
+        self._key = state_dict["key"]
+        self._batch = state_dict["batch"]
+        self._progress = state_dict["progress"]
+        self._original = dict(state_dict["original"])
+        self._floors = dict(state_dict["floors"])
+        self._saliency = dict(state_dict["saliency"])
+        self.left = dict(state_dict["left"])
+        if state_dict["inputs"] is not None:
+            self._target = state_dict["target"]
+            self._inputs = Inputs(**state_dict["inputs"])
+        restore_random_state(state_dict["random"])
+
+    def _plain_inputs(self) -> dict[str, Any] | None:
+        """Return the inputs if a checkpoint of plain data can hold them; a resumed run sees a batch soon."""
+        if self._inputs is None or not _is_plain([self._inputs.args, self._inputs.kwargs]):
+            return None
+        return {"args": self._inputs.args, "kwargs": self._inputs.kwargs}
+
+    def _span(self, trainer: Any) -> tuple[int, int]:
+        """Return the batches of the first and the last cut."""
+        epoch = trainer.num_training_batches
+        planned = epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
+        if trainer.max_steps not in (None, -1):
+            planned = min(planned, trainer.max_steps * trainer.accumulate_grad_batches)
+        first = self.start_epoch * epoch
+        last = first if self.end_epoch is None else self.end_epoch * epoch
+        # A first batch shows the inputs, and the criterion wants some gradients.
+        first = max(first, 1 if self.criterion in ("l2", "random") else min(_GRADIENT_STEPS, max(1, planned // 4)))
+        if first >= planned:
+            first = planned // 2
+        last = max(first, last if last < planned else planned * 0.75)
+        return max(1, int(first)), max(1, int(last))
+
+    def _due(self, trainer: Any) -> float | None:
+        """Return the progress that this batch should bring, or ``None``."""
+        if self._progress >= 1:
+            return None
+        first, last = self._span(trainer)
+        if self._batch >= last:
+            return 1.0
+        if self._batch < first or (self._batch - first) % max(1, (last - first) // _GRADUAL_CUTS):
+            return None
+        return (self._batch - first) / (last - first)
+
+    def _is_watching(self, trainer: Any) -> bool:
+        first, last = self._span(trainer)
+        every = max(1, (last - first) // _GRADUAL_CUTS)
+        until = first - self._batch if self._batch < first else every - (self._batch - first) % every
+        return until <= _GRADIENT_STEPS or self._batch >= last
+
+    def _prune(self, trainer: Any, pl_module: Any, progress: float) -> None:
+        assert self._key is not None and self._target is not None and self._inputs is not None
+        name, inputs = self._target, self._inputs
+        target, prefix = submodule(pl_module, name), f"{name}." if name else ""
+        found = self._found(target, inputs)
+        removed = trainer.strategy.broadcast(
+            self._chosen(trainer, target, prefix, inputs, found, progress) if trainer.is_global_zero else None, src=0
+        )
+        ledger = open_ledger(pl_module, trainer)
+        close_ledger(pl_module)
+        cut = plan_cut(target, inputs, removed, found)
+        for optimizer in trainer.optimizers:
+            for dropped in cut_optimizer(optimizer, target, cut):
+                rank_zero_warn(f"{STEP}: the optimizer's state of {prefix}{dropped} cannot be cut; it starts anew")
+        apply_cut(target, cut)
+        for average in averaged_models(trainer):
+            apply_cut(submodule(average, name), cut)
+        known = ledger.steps.get(self._key)
+        attention = [*(known.parameters["attention"] if known else []), *(prefix + layer for layer in cut.attention)]
+        change = ledger.original.changed_to(Structure.of(pl_module))
+        ledger.record(self._key, _step(self.targets, self.criterion, change, list(dict.fromkeys(attention))))
+        wrap_again(trainer.strategy)
+        self._progress = progress
+        self._saliency = {}
+        if progress >= 1:
+            figures = ", ".join(f"{value:.1%} of the {key}" for key, value in self.left.items())
+            rank_zero_info(f"{STEP}: left {figures} of {name or type(pl_module).__name__}")
+
+    def _found(self, target: nn.Module, inputs: Inputs) -> ChannelGroups:
+        try:
+            found = find_channel_groups(target, inputs, self.ignore)
+        except ValueError as error:
+            raise MisconfigurationException(f"{STEP}: {error}") from error
+        self.skipped = found.skipped
+        if not found.groups:
+            reasons = "; ".join(f"{layer}: {reason}" for layer, reason in found.skipped.items())
+            raise MisconfigurationException(f"{STEP}: no layer of {type(target).__name__} can be pruned. {reasons}")
+        return found
+
+    def _chosen(
+        self, trainer: Any, target: nn.Module, prefix: str, inputs: Inputs, found: ChannelGroups, progress: float
+    ) -> dict[str, list[int]]:
+        latency = LayerLatency(self._backend(trainer), self.batch_sizes, self.cache or default_cache())
+        device = next(target.parameters()).device
+        target.to("cpu")
+        try:
+            costs = ChannelCosts(target, inputs.to("cpu"), found, latency)
+        finally:
+            target.to(device)
+        self._original = self._original or _original(costs)
+        if not self._floors:
+            self._floors = {name: max(1, ceil(_FLOOR * group.units)) for name, group in found.groups.items()}
+        saliency = {key.removeprefix(prefix): value for key, value in self._saliency.items() if key.startswith(prefix)}
+        if not saliency:
+            saliency = {
+                key: saliency_of(self.criterion, key, parameter.detach(), parameter.grad)
+                for key, parameter in target.named_parameters()
+            }
+        removed = choose_channels(
+            found,
+            costs,
+            saliency,
+            self.targets.at(progress),
+            original=self._original,
+            floors=self._floors,
+            normalised=self.criterion != "taylor",
+        )
+        self.left = _left(costs, _kept(found, removed), self._original)
+        latency.save()
+        return removed
+
+    def _backend(self, trainer: Any) -> str:
+        """Return where the model will run: where a later callback deploys it, else torch."""
+        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
+        return next((callback.deploys_to for callback in later if hasattr(callback, "deploys_to")), "torch")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or type(value) in (Tensor, bool, int, float, str)
+
+
+def default_cache() -> Path:
+    """Return the store that keeps the timed layers of this machine."""
+    import os
+
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lightning_optcore" / "latency.db"

@@ -1,0 +1,75 @@
+"""What a training holds beside the weights, cut together with them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_optcore.compression.channel_groups import Cut, taken
+
+
+def cut_optimizer(optimizer: Any, module: nn.Module, cut: Cut) -> list[str]:
+    """Cut an optimizer's state as its parameters are about to be cut. Call it before :func:`apply_cut`.
+
+    Tensors of the parameter's shape (Adam's ``exp_avg``, momentum) lose the same elements; numbers such as
+    ``step`` stay. State of another shape (factored moments) cannot be cut and is dropped for that parameter.
+
+    Returns:
+        Names of the parameters whose state was dropped.
+    """
+    dropped = []
+    for name, parameter in module.named_parameters():
+        source, state = cut.sources.get(name), optimizer.state.get(parameter)
+        if source is None or not state:
+            continue
+        cut_state = {key: taken(value, source) if _is_like(value, parameter) else value for key, value in state.items()}
+        if any(isinstance(v, Tensor) and v.dim() > 0 and v.shape != source.shape for v in cut_state.values()):
+            dropped.append(name)
+            optimizer.state.pop(parameter)
+        else:
+            state.update(cut_state)
+    return dropped
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
+
+
+def wrap_again(strategy: Any) -> None:
+    """Let DistributedDataParallel take notice of parameters that changed their shape."""
+    if hasattr(strategy, "configure_ddp") and strategy.model is not strategy.lightning_module:
+        strategy.model = strategy.lightning_module
+        strategy.configure_ddp()
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of the random number generators, as a checkpoint can hold it."""
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(r) for r in rest)],
+    }
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Set the random number generators to what :func:`random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), int(position), int(has_gauss), cached))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether no tensor holds NaN or infinity."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
