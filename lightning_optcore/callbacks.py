@@ -1,7 +1,8 @@
 """Everything that can be handed to ``Trainer(callbacks=[...])``."""
 
 from lightning_optcore.compression.distillation import KnowledgeDistillation
+from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.structured_pruning import StructuredPruning
 
-__all__ = ["KnowledgeDistillation", "PostTrainingQuantization", "StructuredPruning"]
+__all__ = ["KnowledgeDistillation", "MagnitudePruning", "PostTrainingQuantization", "StructuredPruning"]

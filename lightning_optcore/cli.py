@@ -51,9 +51,20 @@ def _check_writable(key: str, folder: str) -> None:
 
 def main() -> None:
     """Run ``optcore [job] [Hydra's flags and overrides]``; without a job it is ``train``."""
+    if sys.argv[1:] == ["--version"]:
+        from lightning_optcore import __version__
+
+        print(f"optcore {__version__}")
+        return
     sys.argv[1:] = _with_config_name(sys.argv[1:])
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - the user's own classes are importable
-    _hydra_main()
+    try:
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109 - the user's own classes are importable
+    except FileNotFoundError:
+        sys.exit("optcore: the current folder was deleted; change to another one")
+    try:
+        _hydra_main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _with_config_name(arguments: list[str]) -> list[str]:

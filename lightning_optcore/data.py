@@ -69,6 +69,8 @@ class Digits(_Images):
 
     def __init__(self, batch_size: int = 64, num_workers: int = 0, image_size: int = 8, split_seed: int = 0) -> None:
         super().__init__(batch_size, num_workers)
+        if image_size < 1:
+            raise ValueError(f"data.image_size={image_size}: expected at least 1")
         self.image_size = image_size
         self.split_seed = split_seed
 

@@ -14,6 +14,8 @@ class _Classifier(LightningModule):
 
     def __init__(self, num_classes: int, lr: float, weight_decay: float) -> None:
         super().__init__()
+        if not lr > 0:
+            raise ValueError(f"model.lr={lr}: expected more than 0")
         self.lr = lr
         self.weight_decay = weight_decay
         self.train_acc = MulticlassAccuracy(num_classes, average="micro")
@@ -25,7 +27,7 @@ class _Classifier(LightningModule):
         logits = self(images)
         loss = nn.functional.cross_entropy(logits, labels)
         accuracy(logits, labels)
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=stage == "val")
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, prog_bar=stage == "val", sync_dist=True)
         self.log(f"{stage}/acc", accuracy, on_step=False, on_epoch=True, prog_bar=stage == "val")
         return loss
 

@@ -7,7 +7,6 @@ its gradients, its optimizer and its averages as plain index arithmetic: paramet
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from lightning_optcore.compression.attention import (
     can_miss_heads,
 )
 from lightning_optcore.compression.structure import Structure, named_tensors, set_sizes
-from lightning_optcore.measurement.forward_calls import unwrap_forwards
+from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
 
 _ROOTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
@@ -432,10 +431,7 @@ def _outputs(value: Any) -> list[Tensor]:
 
 def _copy(module: nn.Module) -> nn.Module:
     """Return a copy in evaluation mode on the CPU; a LightningModule's Trainer is not copied."""
-    trainer = getattr(module, "_trainer", None)
-    copied = copy.deepcopy(module, {id(trainer): trainer} if trainer is not None else {})
-    unwrap_forwards(copied)
-    return copied.to("cpu").eval()
+    return detached_copy(module).to("cpu").eval()
 
 
 @contextmanager

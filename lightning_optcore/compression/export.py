@@ -58,7 +58,7 @@ def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
         output = small.call(module)
         other = inputs.resized(_CHECKED_BATCHES[0]).call(module)
         if not list(tensors_in(output)):
-            raise ExportError(f"{type(module).__name__}.forward returns no tensor")
+            raise ExportError(f"{type(module).__name__}.forward returns no tensor in dicts, lists or tuples")
         reasons = []
         for exporter in (_export_program, _trace):
             try:

@@ -109,6 +109,10 @@ class OnnxModel:
     def _session(self) -> ort.InferenceSession:
         return new_session(self.content, self.num_threads)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the session, which cannot be copied; it is opened again where it is needed."""
+        return {key: value for key, value in self.__dict__.items() if key != "_session"}
+
     @cached_property
     def proto(self) -> onnx.ModelProto:
         """The parsed model."""
@@ -202,7 +206,9 @@ def _collect(path: str, structure: Any, value: Any, feeds: dict[str, np.ndarray]
     """Fill ``feeds`` from one argument; return whether it held a torch tensor."""
     if isinstance(structure, TensorSpec):
         is_torch = isinstance(value, Tensor)
-        array = value.detach().cpu().numpy() if is_torch else np.asarray(value)
+        array = _as_array(value)
+        if np.issubdtype(array.dtype, np.floating) and not np.issubdtype(np.dtype(structure.dtype), np.floating):
+            raise ValueError(f"{path}: expected {structure.dtype}, not {array.dtype}")
         feeds[structure.name] = array if array.dtype == structure.dtype else array.astype(structure.dtype)
         return is_torch
     if isinstance(structure, Mapping):
@@ -221,6 +227,13 @@ def _collect(path: str, structure: Any, value: Any, feeds: dict[str, np.ndarray]
     for part in parts:
         found_torch |= _collect(*part, feeds)
     return found_torch
+
+
+def _as_array(value: Any) -> np.ndarray:
+    if not isinstance(value, Tensor):
+        return np.asarray(value)
+    # NumPy has no bfloat16.
+    return (value.float() if value.dtype is torch.bfloat16 else value).detach().cpu().numpy()
 
 
 def _rebuild(structure: Any, outputs: Iterator[np.ndarray], as_torch: bool) -> Any:

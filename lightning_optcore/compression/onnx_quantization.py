@@ -8,6 +8,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,7 @@ STATIC_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # Dynamic int8 convolutions are slower than fp32 ones in ONNX Runtime: they stay as they are.
 DYNAMIC_OPERATORS = ("Gather", "Gemm", "LSTM", "MatMul")
 _THIN_CHANNELS = 4
+_SMALL_TYPES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 # x86 without VNNI adds two products of 8-bit numbers in 16 bits and saturates; weights within 7 bits cannot.
 # An artifact may run on another machine than the one that made it, so it is always safe.
@@ -118,6 +120,16 @@ def quantizable_nodes(model: OnnxModel, scheme: Scheme) -> list[str]:
     return [
         node.name for node in model.proto.graph.node if node.op_type in operators and weights.intersection(node.input)
     ]
+
+
+def weight_bytes(model: OnnxModel) -> tuple[int, int]:
+    """Return the bytes of all weights of a model, and of those that take 8 bits or less."""
+    sizes = [
+        (prod(tensor.dims), 1 if tensor.data_type in _SMALL_TYPES else 4)
+        for tensor in model.proto.graph.initializer
+        if len(tensor.dims) > 1
+    ]
+    return sum(count * width for count, width in sizes), sum(count for count, width in sizes if width == 1)
 
 
 def thin_convolutions(model: OnnxModel) -> list[str]:

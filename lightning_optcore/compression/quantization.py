@@ -6,6 +6,8 @@ Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv:1712.05877).
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
@@ -25,12 +27,14 @@ from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import QuantizationError
 from lightning_optcore.compression.user_validation import UserValidation
 from lightning_optcore.measurement.directions import direction_of
-from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
+from lightning_optcore.measurement.forward_calls import ForwardRecorder, detached_copy, submodule
 from lightning_optcore.measurement.inputs import Inputs, joined
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.measurement.timing import time_in_turns
-from lightning_optcore.measurement.yardstick import measure_alternatives
+from lightning_optcore.measurement.yardstick import check_arguments, measure_alternatives
 from lightning_optcore.recipe import Recipe, register_step
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime",)
 SCHEMES = ("auto", "static", "dynamic")
@@ -248,18 +252,19 @@ class PostTrainingQuantization(Callback):
     ) -> None:
         super().__init__()
         _check_options(backend, scheme, weight_bits)
-        if max_quality_drop is not None and max_quality_drop < 0:
-            raise MisconfigurationException(f"{STEP}.max_quality_drop={max_quality_drop}: expected at least 0")
+        _check_drop(max_quality_drop)
         if mode not in (None, "min", "max"):
             raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
-        for key, value in (
-            ("calibration_samples", calibration_samples),
-            ("num_threads", num_threads),
-            ("rounds", rounds),
-            *(("batch_sizes", size) for size in batch_sizes or [0]),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected a whole number of at least 1")
+        try:
+            check_arguments(batch_sizes, num_threads, rounds)
+            check_arguments([calibration_samples], 1, 1)
+        except ValueError as error:
+            wrong = f"batch_sizes=[{calibration_samples!r}]"
+            text = str(error).replace(wrong, f"calibration_samples={calibration_samples!r}")
+            raise MisconfigurationException(f"{STEP}.{text}") from error
+        for key, text_or_none in (("output_dir", output_dir), ("monitor", monitor)):
+            if text_or_none is not None and not isinstance(text_or_none, (str, Path)):
+                raise MisconfigurationException(f"{STEP}.{key}={text_or_none!r}: expected text, or null")
         self.backend = backend
         self.scheme = scheme
         self.weight_bits = weight_bits
@@ -276,6 +281,15 @@ class PostTrainingQuantization(Callback):
         self.after: Measurement | None = None
         self.error: str | None = None
         self._training_calls: ForwardRecorder | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Check that there is a place for the artifact before anything is trained for it."""
+        folder = Path(self.output_dir or trainer.default_root_dir)
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if stage == "fit" and (not there.is_dir() or not os.access(there, os.W_OK | os.X_OK)):
+            raise MisconfigurationException(
+                f"{STEP}.output_dir={self.output_dir}: {there} is no folder that can be written; name another"
+            )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to record the inputs of the model for the calibration."""
@@ -308,7 +322,12 @@ class PostTrainingQuantization(Callback):
                 self._make_artifact(trainer, pl_module)
             except (ExportError, QuantizationError, ArtifactError, _Refused) as error:
                 self.error = str(error)
-                rank_zero_warn(f"{STEP}: no artifact. {error}")
+            except Exception as error:
+                # Whatever the user's validation does with an artifact in it, the fit was good.
+                log.debug("no artifact", exc_info=True)
+                self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if self.error is not None:
+                rank_zero_warn(f"{STEP}: no artifact. {self.error}")
         trainer.strategy.barrier("post_training_quantization")
 
     def _make_artifact(self, trainer: Any, pl_module: Any) -> None:
@@ -323,11 +342,13 @@ class PostTrainingQuantization(Callback):
     def _make_artifact_on_cpu(self, trainer: Any, pl_module: Any) -> None:
         validation = UserValidation(trainer, pl_module)
         name, batches = self._calibration(validation, pl_module)
-        target = submodule(pl_module, name)
+        batches = [batch.map(_in_single_precision) for batch in batches]
+        quality_before = {**validation.of_model(), OUTPUT_COSINE: 1.0}
+        target = _single_precision_copy(submodule(pl_module, name))
         result = post_training_quantize(
             target, batches, backend=self.backend, scheme=self.scheme, weight_bits=self.weight_bits
         )
-        quality_before = {**validation.of_model(), OUTPUT_COSINE: 1.0}
+        _require_int8(result)
         result, quality_after = self._accepted(trainer, validation, name, target, result, quality_before)
         if OUTPUT_COSINE not in quality_after:
             quality_before.pop(OUTPUT_COSINE)
@@ -382,6 +403,8 @@ class PostTrainingQuantization(Callback):
         """Return a result within ``max_quality_drop``, with as few layers in fp32 as will do."""
         quality = self._quality_of(validation, name, target, result)
         if self.max_quality_drop is None:
+            if self.monitor is not None and self.monitor not in quality:
+                rank_zero_warn(f"{STEP}.monitor={self.monitor!r} was never logged in validation: only {list(quality)}")
             return result, quality
         metric = self._metric(trainer, before, quality)
         drop, allowed = _drop(metric, self.mode, before, quality), self.max_quality_drop
@@ -400,10 +423,14 @@ class PostTrainingQuantization(Callback):
         if count is not None:
             rank_zero_info(f"{STEP}: kept {count} of {len(nodes)} layers in fp32: {nodes[:count]}")
             return tried[count][:2]
-        best = min([drop, *(reached for _, _, reached in tried.values())])
+        with_some = (
+            f", and by {min(reached for *_, reached in tried.values()):.4g} with the most sensitive layers in fp32"
+            if tried
+            else ""
+        )
         raise _Refused(
-            f"{STEP}.max_quality_drop={self.max_quality_drop}: {metric} dropped by {drop:.4g}, and by "
-            f"{best:.4g} with the most sensitive layers in fp32; allow more, or train with quantization"
+            f"{STEP}.max_quality_drop={self.max_quality_drop}: {metric} dropped by {drop:.4g}{with_some}; "
+            "allow more, or train with quantization"
         )
 
     def _quality_of(
@@ -433,6 +460,34 @@ class PostTrainingQuantization(Callback):
         if monitored in known:
             return str(monitored)
         return next((name for name in known if direction_of(name) == "maximize"), known[0])
+
+
+def _single_precision_copy(module: nn.Module) -> nn.Module:
+    """Return the module, or a copy in float32 where its weights have another floating type."""
+    if all(t.dtype is torch.float32 for t in module.parameters() if t.is_floating_point()):
+        return module
+    return detached_copy(module).float()
+
+
+def _in_single_precision(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _require_int8(result: QuantizedModel) -> None:
+    """Refuse an artifact with nothing quantized in it; warn where most of it stayed as it was."""
+    whole, small = onnx_quantization.weight_bytes(result.model)
+    if small == 0:
+        raise QuantizationError(
+            "ONNX Runtime quantized nothing: the network has no convolution, linear or LSTM layer that it takes"
+        )
+    if small < 0.5 * whole:
+        rank_zero_warn(f"{STEP}: {whole - small:,} of {whole:,} bytes of weights are of layers that have no int8 form")
+
+
+def _check_drop(value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= value < float("inf")):
+        raise MisconfigurationException(f"{STEP}.max_quality_drop={value!r}: expected a number of at least 0, or null")
 
 
 class _Refused(RuntimeError):

@@ -1,8 +1,7 @@
 """Structured pruning: channels, neurons and heads are removed for real, chosen by what they cost where they will run.
 
 Criteria: ``l2`` sums squared weights (Li et al., ICLR 2017, arXiv:1608.08710); ``taylor`` estimates the change of the
-loss, (gradient x weight)^2 per weight (Molchanov et al., CVPR 2019, arXiv:1906.10771, equation 8). Gradual pruning
-follows the cubic schedule of Zhu and Gupta (2017, arXiv:1710.01878).
+loss, (gradient x weight)^2 per weight (Molchanov et al., CVPR 2019, arXiv:1906.10771, equation 8).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from lightning_optcore.compression.channel_groups import (
 )
 from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, open_ledger
 from lightning_optcore.compression.layer_latency import LayerLatency
+from lightning_optcore.compression.schedule import Schedule, cubic
 from lightning_optcore.compression.structure import Structure, resize
 from lightning_optcore.compression.training_state import (
     all_finite,
@@ -48,7 +48,6 @@ Criterion = Callable[[str, Tensor, "Tensor | None"], Tensor]
 
 # Steps of training whose gradients are averaged before a decision.
 _GRADIENT_STEPS = 10
-_GRADUAL_CUTS = 10
 # No layer is cut below this share of its channels.
 _FLOOR = 0.125
 
@@ -97,8 +96,7 @@ class Targets:
 
     def at(self, progress: float) -> Targets:
         """Return the targets of the cubic schedule at a progress from 0 to 1."""
-        share = 1 - (1 - progress) ** 3
-        return Targets(**{name: 1 - (1 - value) * share for name, value in self.given().items()})
+        return Targets(**{name: 1 - (1 - value) * cubic(progress) for name, value in self.given().items()})
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def prune_channels(
 
     Example:
         >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
-        >>> pruning = prune_channels(net, torch.randn(8, 16), target_params=0.5)
+        >>> pruning = prune_channels(net, torch.randn(8, 16), target_params=0.51)
         >>> net[0].out_features
         32
     """
@@ -254,11 +252,29 @@ def choose_channels(
         if best is None:
             raise MisconfigurationException(_unreachable(targets, costs, kept, original))
         kept[best[1]] = best[2]
+    while regained := _worth_giving_back(found, kept, loss, unmet):
+        kept[regained] += _stride(found.groups[regained].units)
     return {
         name: sorted(order[name][: found.groups[name].units - count].tolist())
         for name, count in kept.items()
         if count < found.groups[name].units
     }
+
+
+def _worth_giving_back(
+    found: ChannelGroups, kept: dict[str, int], loss: Callable[[str, int], float], unmet: Callable[[], list[str]]
+) -> str | None:
+    """Return the group that gains most from some of its units back without a target being missed."""
+    gains: dict[str, float] = {}
+    for group, present in list(kept.items()):
+        units, stride = found.groups[group].units, _stride(found.groups[group].units)
+        if present + stride > units:
+            continue
+        kept[group] = present + stride
+        if not unmet():
+            gains[group] = loss(group, units - present) - loss(group, units - present - stride)
+        kept[group] = present
+    return max(gains, key=lambda name: gains[name], default=None)
 
 
 def _stride(units: int) -> int:
@@ -303,6 +319,10 @@ def _check_targets(targets: Targets) -> None:
         raise MisconfigurationException(
             f"{STEP}: give target_flops, target_params or target_latency, e.g. target_flops=0.5"
         )
+    _check_fractions(targets)
+
+
+def _check_fractions(targets: Targets) -> None:
     for name, value in targets.given().items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
             raise MisconfigurationException(
@@ -369,19 +389,15 @@ class StructuredPruning(Callback):
     ) -> None:
         super().__init__()
         self.targets = Targets(target_flops, target_params, target_latency)
-        _check_targets(self.targets)
+        _check_fractions(self.targets)
         if not callable(criterion) and criterion not in CRITERIA:
             expected = ", ".join(CRITERIA)
             raise MisconfigurationException(f"{STEP}.criterion={criterion!r}: expected one of {expected}")
-        if start_epoch < 0:
-            raise MisconfigurationException(f"{STEP}.start_epoch={start_epoch}: expected at least 0")
-        if end_epoch is not None and end_epoch < start_epoch:
-            raise MisconfigurationException(
-                f"{STEP}.end_epoch={end_epoch}: expected at least start_epoch={start_epoch}"
-            )
+        # A first batch shows the inputs; a criterion of gradients wants some more.
+        warm_up = 1 if criterion in ("l2", "random") else _GRADIENT_STEPS
+        self._schedule = Schedule(start_epoch, end_epoch, warm_up)
+        self._schedule.check(STEP)
         self.criterion = criterion
-        self.start_epoch = start_epoch
-        self.end_epoch = end_epoch
         self.ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         self.example_inputs = example_inputs
         self.batch_sizes = tuple(batch_sizes)
@@ -406,6 +422,7 @@ class StructuredPruning(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin to keep the recipe in checkpoints."""
+        _check_targets(self.targets)
         self._open(trainer, pl_module)
 
     def _open(self, trainer: Any, pl_module: Any) -> None:
@@ -432,13 +449,13 @@ class StructuredPruning(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Cut where the schedule says so."""
-        progress = self._due(trainer)
+        progress = self._schedule.due(trainer, self._batch) if self._progress < 1 else None
         if progress is not None and self._target is not None:
             self._prune(trainer, pl_module, progress)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Average the saliency over the steps before a cut."""
-        if self._progress >= 1 or not self._is_watching(trainer):
+        if self._progress >= 1 or self._schedule.batches_until_next(trainer, self._batch) > _GRADIENT_STEPS:
             return
         for name, parameter in pl_module.named_parameters():
             if parameter.grad is not None:
@@ -506,38 +523,6 @@ class StructuredPruning(Callback):
         if self._inputs is None or not _is_plain([self._inputs.args, self._inputs.kwargs]):
             return None
         return {"args": self._inputs.args, "kwargs": self._inputs.kwargs}
-
-    def _span(self, trainer: Any) -> tuple[int, int]:
-        """Return the batches of the first and the last cut."""
-        epoch = trainer.num_training_batches
-        planned = epoch * trainer.max_epochs if trainer.max_epochs not in (None, -1) else float("inf")
-        if trainer.max_steps not in (None, -1):
-            planned = min(planned, trainer.max_steps * trainer.accumulate_grad_batches)
-        first = self.start_epoch * epoch
-        last = first if self.end_epoch is None else self.end_epoch * epoch
-        # A first batch shows the inputs, and the criterion wants some gradients.
-        first = max(first, 1 if self.criterion in ("l2", "random") else min(_GRADIENT_STEPS, max(1, planned // 4)))
-        if first >= planned:
-            first = planned // 2
-        last = max(first, last if last < planned else planned * 0.75)
-        return max(1, int(first)), max(1, int(last))
-
-    def _due(self, trainer: Any) -> float | None:
-        """Return the progress that this batch should bring, or ``None``."""
-        if self._progress >= 1:
-            return None
-        first, last = self._span(trainer)
-        if self._batch >= last:
-            return 1.0
-        if self._batch < first or (self._batch - first) % max(1, (last - first) // _GRADUAL_CUTS):
-            return None
-        return (self._batch - first) / (last - first)
-
-    def _is_watching(self, trainer: Any) -> bool:
-        first, last = self._span(trainer)
-        every = max(1, (last - first) // _GRADUAL_CUTS)
-        until = first - self._batch if self._batch < first else every - (self._batch - first) % every
-        return until <= _GRADIENT_STEPS or self._batch >= last
 
     def _prune(self, trainer: Any, pl_module: Any, progress: float) -> None:
         assert self._key is not None and self._target is not None and self._inputs is not None

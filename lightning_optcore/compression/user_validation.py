@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_optcore.measurement.forward_calls import ForwardRecorder
-from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.measurement.inputs import Inputs, map_tensors
 from lightning_optcore.measurement.quality import Evaluation, validate
 
 
@@ -20,6 +21,8 @@ class UserValidation:
         self._module = pl_module
         self._loaders = trainer.val_dataloaders
         self._limit = trainer.limit_val_batches
+        # Mixed precision is of the training alone; a module whose weights are not float32 needs its plugin.
+        self._precision = trainer.precision if str(trainer.precision).endswith("-true") else None
         self._training_loader = trainer.train_dataloader
         self.exists = bool(
             trainer.enable_validation
@@ -44,7 +47,13 @@ class UserValidation:
         """Return the metrics with ``replacement`` in the place of the submodule ``name``."""
         if not self.exists:
             return Evaluation({})
-        return self._run(self._limit, replace=name, replacement=replacement)
+        dtype = next((p.dtype for p in self._module.parameters() if p.is_floating_point()), torch.float32)
+
+        def in_its_dtype(*args: Any, **kwargs: Any) -> Any:
+            output = replacement(*args, **kwargs)
+            return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, output)
+
+        return self._run(self._limit, replace=name, replacement=in_its_dtype)
 
     def training_inputs(self, name: str, samples: int) -> list[Inputs]:
         """Return what ``validation_step`` hands to a submodule on batches of the training loader."""
@@ -58,5 +67,6 @@ class UserValidation:
             self._loaders if dataloaders is None else dataloaders,
             trainer_class=self._trainer_class,
             limit_batches=limit_batches,
+            precision=self._precision,
             **replacement,
         )

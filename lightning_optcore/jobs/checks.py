@@ -6,13 +6,15 @@ import inspect
 import pydoc
 import types
 import typing
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_optcore.jobs.errors import ConfigurationError
+from lightning_optcore.measurement.yardstick import check_arguments
 
 _NUMBERS = {int, float, bool, type(None)}
 # Lightning finds these checkpoints itself.
@@ -30,8 +32,32 @@ def check(config: DictConfig) -> None:
         raise ConfigurationError(f"seed={seed!r}: expected a whole number of at least 0, or null")
     if checkpoint is not None and not _is_known(str(checkpoint)):
         raise ConfigurationError(f"ckpt_path={checkpoint}: no such file")
+    if checkpoint is not None and Path(checkpoint).is_file() and not zipfile.is_zipfile(checkpoint):
+        raise ConfigurationError(f"ckpt_path={checkpoint}: no checkpoint (torch.save writes another format)")
+    if config.get("measure") is not None:
+        try:
+            check_arguments(**config.measure)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"measure.{error}") from error
+    for group in ("model", "data"):
+        if isinstance(config.get(group), DictConfig) and "_target_" not in config[group]:
+            raise ConfigurationError(f"{group}: has no _target_, the class to make: {group}._target_=package.Class")
     for key, node in _nodes_with_target(config, ""):
         _check_numbers(key, node)
+
+
+Kind = TypeVar("Kind")
+
+
+def instance_of(kind: type[Kind], key: str, value: Any) -> Kind:
+    """Return ``value`` if it is of the kind that a configuration key must give.
+
+    Raises:
+        ConfigurationError: If it is something else.
+    """
+    if not isinstance(value, kind):
+        raise ConfigurationError(f"{key}._target_: made a {type(value).__name__}; expected a {kind.__name__}")
+    return value
 
 
 def _is_known(checkpoint: str) -> bool:
@@ -52,10 +78,10 @@ def _nodes_with_target(node: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
 def _check_numbers(key: str, node: DictConfig) -> None:
     for name, annotation in _annotations(_located(key, node._target_)).items():
         value = node.get(name)
-        if isinstance(value, str) and _types(annotation) <= _NUMBERS:
-            expected = " or ".join(
-                sorted({"null" if kind is type(None) else kind.__name__ for kind in _types(annotation)})
-            )
+        allowed = _types(annotation)
+        fraction = isinstance(value, float) and not value.is_integer() and float not in allowed
+        if allowed <= _NUMBERS and allowed != {type(None)} and (isinstance(value, str) or fraction):
+            expected = " or ".join(sorted({"null" if kind is type(None) else kind.__name__ for kind in allowed}))
             raise ConfigurationError(f"{key}.{name}={value}: expected {expected}")
 
 

@@ -36,6 +36,8 @@ def user_message(error: BaseException) -> str | None:
         return _instantiation_message(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
+        return f"ckpt_path: does not fit the model: {' '.join(str(error).split())[:300]}"
     return _first_line(error) if isinstance(error, _MENDABLE) else None
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_optcore.compression.artifact import Artifact, load_artifact
-from lightning_optcore.jobs.checks import check
+from lightning_optcore.jobs.checks import check, instance_of
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.own_classes import with_own_defaults
@@ -37,8 +37,11 @@ def run(config: DictConfig) -> None:
     with recorded_run(config, output_dir) as recording:
         seed_everything(config.seed, verbose=False)
         artifact = load_artifact(config.artifact) if config.artifact is not None else None
-        model: LightningModule | None = instantiate(config.model) if config.get("model") else None
-        data: LightningDataModule | None = instantiate(config.data) if config.get("data") else None
+        model = data = None
+        if config.get("model"):
+            model = instance_of(LightningModule, "model", instantiate(config.model))
+        if config.get("data"):
+            data = instance_of(LightningDataModule, "data", instantiate(config.data))
         if model is not None and config.ckpt_path is not None:
             _load_weights(model, config.ckpt_path)
         name, inputs = _called(model, data)

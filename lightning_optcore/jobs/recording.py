@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -112,5 +113,6 @@ class RunRecorder(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Keep the weights and the state of training."""
-        if trainer.training and trainer.global_step > 0:
+        # Also where a validation within the fit is interrupted.
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0:
             trainer.save_checkpoint(self._checkpoint)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_optcore.jobs.errors import ConfigurationError
@@ -20,12 +21,19 @@ def run(config: DictConfig) -> None:
     objective = parse_objective(config.objective)
     if len(objective) != 2:
         raise ConfigurationError(f"objective={list(objective)}: expected two names, e.g. [latency_ms,val/acc]")
+    if isinstance(config.limit, bool) or not isinstance(config.limit, int) or config.limit < 1:
+        raise ConfigurationError(f"limit={config.limit!r}: expected a whole number of at least 1")
     path = Path(config.store.path)
     if "://" not in config.store.path and not path.is_file():
         raise ConfigurationError(f"store.path={path}: no such file; run `optcore train` first, or name another")
     with Store(config.store.path) as store:
         runs = store.runs(limit=config.limit)
         front = store.pareto_front(objective)
+    known = {name for run in runs for name in run.objectives}
+    for name in objective:
+        if known and name not in known:
+            expected = ", ".join(sorted(known))
+            raise ConfigurationError(f"objective={name!r} is in none of the runs: expected one of {expected}")
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(_table(runs, front, list(objective)))
     try:
@@ -38,7 +46,7 @@ def run(config: DictConfig) -> None:
         )
     except ModuleNotFoundError as error:
         raise ConfigurationError(str(error)) from error
-    console.print(f"report  {report}", soft_wrap=True, highlight=False)
+    console.print(f"report  {report}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _table(runs: list[Run], front: list[Run], objectives: list[str]) -> Table:
@@ -50,6 +58,6 @@ def _table(runs: list[Run], front: list[Run], objectives: list[str]) -> Table:
         known = run.objectives
         figures = [f"{known[name]:.4g}" if name in known else "-" for name in objectives]
         mark = "*" if run.id in best else ""
-        overrides = " ".join(run.overrides)
+        overrides = escape(" ".join(run.overrides))
         table.add_row(f"{run.id}{mark}", run.job, run.status, run.created_at[:19], *figures, overrides)
     return table

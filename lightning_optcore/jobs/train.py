@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lightning_optcore.fingerprints import model_fingerprint
-from lightning_optcore.jobs.checks import check
+from lightning_optcore.jobs.checks import check, instance_of
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.objective import objective_values, parse_objective
@@ -39,8 +39,8 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     with recorded_run(config, output_dir) as recording:
         seed_everything(config.seed, workers=True, verbose=False)
-        data: LightningDataModule = instantiate(config.data)
-        model: LightningModule = instantiate(config.model)
+        data = instance_of(LightningDataModule, "data", instantiate(config.data))
+        model = instance_of(LightningModule, "model", instantiate(config.model))
         recording.update(model_fingerprint=model_fingerprint(model, _plain(config.model)))
         callbacks = _instantiate_all(config.callbacks)
         recorder = RunRecorder(recording, output_dir, _plain(config.data))
@@ -54,9 +54,9 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
             quality.update(_floats(trainer.callback_metrics))
 
         measurements = _measurements(callbacks) or _measured(config, model, data, quality)
-        _check_callbacks(callbacks)
         for role, measurement in measurements.items():
             recording.measurement(role, measurement)
+        _check_callbacks(callbacks)
         for artifact in _artifacts(callbacks):
             recording.recipe(artifact.recipe)
         known = {**quality, **next(reversed(measurements.values())).scalars()} if measurements else quality
@@ -160,7 +160,7 @@ def _summarise(
         places["artifact"] = artifact.path
     for name, place in places.items():
         if place is not None:
-            console.print(f"{name:>9}  {place}", soft_wrap=True, highlight=False)
+            console.print(f"{name:>9}  {place}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _plain(node: DictConfig) -> Any:

@@ -110,6 +110,11 @@ def compare(before: Measurement, after: Measurement) -> Comparison:
         >>> compare(taken(2.0, 40), taken(0.5, 10))["latency_ms/1"].change
         '0.25x'
     """
+    for name, given in (("before", before), ("after", after)):
+        if not isinstance(given, Measurement):
+            raise TypeError(
+                f"{name} is {given!r}, no Measurement; where a technique made no artifact, its `error` says why"
+            )
     first, second = _costs(before), _costs(after)
     rows = [Row(name, first.get(name), second.get(name), "cost") for name in {**first, **second}]
     rows += [

@@ -6,6 +6,7 @@ A step may call ``self(x)``, ``self.forward(x)`` or ``self.net(x)``. All of them
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,14 @@ def unwrap_forwards(copied: nn.Module) -> None:
             previous = getattr(child.__dict__.pop("forward"), _PREVIOUS)
             if previous is not None:
                 child.__dict__["forward"] = previous
+
+
+def detached_copy(module: nn.Module) -> nn.Module:
+    """Return a copy that shares nothing with its original but, of a LightningModule, the Trainer."""
+    trainer = module.__dict__.get("_trainer")
+    copied = copy.deepcopy(module, {id(trainer): trainer} if trainer is not None else {})
+    unwrap_forwards(copied)
+    return copied
 
 
 @contextmanager

@@ -87,7 +87,7 @@ class Inputs:
         for tensor in self.tensors():
             if tensor.ndim:
                 return tensor.shape[0]
-        raise ValueError("example_inputs hold no tensor with a batch axis; pass what forward() takes")
+        raise ValueError("example_inputs hold no torch tensor with a batch axis; pass what forward() takes, as tensors")
 
     def batch_axes(self) -> list[int | None]:
         """Return the batch axis of each tensor, ``None`` where it has none (a mask, a scalar)."""

@@ -1,9 +1,10 @@
-"""Peak memory of a piece of work: allocator statistics on CUDA, the resident high-water mark on Linux."""
+"""Peak memory of a piece of work: what the allocator handed out (torch), or the resident high-water mark (Linux)."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,11 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """Return the bytes that ``work`` held at its peak beyond what was held before.
+def peak_allocated(work: Callable[[], object], device: torch.device) -> int | None:
+    """Return the bytes that torch allocated for ``work`` at its peak, beyond what it held before.
 
-    On the CPU this is resident memory, read from the kernel's high-water mark, after the allocator
-    gave its free pages back: pages that ``work`` finds resident already are not counted, so call it
-    before the same work ran many times. ``None`` where the platform has no resettable mark (macOS, Windows).
+    On the CPU every allocation is recorded, so that the figure is the same each time. ``None`` while another
+    profiler runs.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -27,8 +27,31 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
         work()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
+    # Kineto writes notes to stderr unless it is told not to before its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            work()
+    except RuntimeError:
+        return None
+    recorded = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def peak_resident(work: Callable[[], object]) -> int | None:
+    """Return the bytes by which ``work`` raised the process's resident memory at its peak.
+
+    It is read from the kernel's high-water mark after the C allocator gave its free pages back, and good to some
+    ten kilobytes. ``None`` where the platform has no resettable mark (macOS, Windows).
+    """
+    # Libraries, thread pools and arenas are set up once, by whoever comes first: not part of the figure.
+    work()
     if not _reset_high_water_mark():
-        work()
         return None
     before = _status_bytes("VmRSS")
     work()

@@ -35,6 +35,7 @@ def validate(
     datamodule: Any = None,
     trainer_class: type | None = None,
     limit_batches: int | float | None = None,
+    precision: Any = None,
     replace: str | None = None,
     replacement: Callable[..., Any] | None = None,
 ) -> Evaluation:
@@ -48,6 +49,7 @@ def validate(
         datamodule: Alternative to ``dataloaders``.
         trainer_class: The Trainer to use; Lightning's by default (``pytorch_lightning``'s own works as well).
         limit_batches: ``limit_val_batches`` of the Trainer.
+        precision: ``precision`` of the Trainer.
         replace: Name of the submodule that ``replacement`` stands in for; ``""`` is the module itself.
         replacement: Called in place of that submodule's ``forward``.
     """
@@ -65,6 +67,7 @@ def validate(
             enable_model_summary=False,
             limit_val_batches=1.0 if limit_batches is None else limit_batches,
             inference_mode=False,
+            precision=precision,
         )
         if replacement is None or replace is None:
             trainer.validate(module, dataloaders, datamodule=datamodule, verbose=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_optcore.measurement.environment import hardware_name, library_versions
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.measurement import Measurement
-from lightning_optcore.measurement.memory import peak_memory
+from lightning_optcore.measurement.memory import peak_allocated, peak_resident
 from lightning_optcore.measurement.timing import time_in_turns, torch_threads
 
 
@@ -117,7 +117,10 @@ def measure_alternatives(
         >>> both["wide"].params
         1000
     """
-    _check_arguments(batch_sizes, num_threads, rounds)
+    check_arguments(batch_sizes, num_threads, rounds)
+    for name, model in models.items():
+        if not isinstance(model, (nn.Module, Deployed)):
+            raise TypeError(f"{name}: a {type(model).__name__} is no model: expected a module or an artifact")
     inputs = Inputs.of(example_inputs)
     inputs.batch_size  # noqa: B018 - raises early where there is no batch axis
     known = {name: dict(value) for name, value in (quality or {}).items()}
@@ -167,13 +170,22 @@ def measure_alternatives(
     }
 
 
-def _check_arguments(batch_sizes: Sequence[int], num_threads: int, rounds: int) -> None:
-    if not batch_sizes or any(not isinstance(size, int) or size < 1 for size in batch_sizes):
-        raise ValueError(f"batch_sizes={batch_sizes!r}: expected positive integers, e.g. [1, 32]")
-    if num_threads < 1:
-        raise ValueError(f"num_threads={num_threads!r}: expected at least 1")
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds!r}: expected at least 1")
+def check_arguments(batch_sizes: Any, num_threads: Any, rounds: Any) -> None:
+    """Check what :func:`measure` is asked for, before anything is trained for it.
+
+    Raises:
+        ValueError: With the key, the value, and what would be right.
+    """
+    sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, str) else []
+    if not sizes or not all(_is_count(size) for size in sizes):
+        raise ValueError(f"batch_sizes={batch_sizes!r}: expected positive whole numbers, e.g. [1, 32]")
+    for key, value in (("num_threads", num_threads), ("rounds", rounds)):
+        if not _is_count(value):
+            raise ValueError(f"{key}={value!r}: expected a whole number of at least 1")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @contextmanager
@@ -229,8 +241,8 @@ def _flops(model: nn.Module | Deployed, sample: Inputs) -> int | None:
 def _peak_memory(model: nn.Module | Deployed, batch: Inputs, num_threads: int, device: torch.device) -> int | None:
     if not isinstance(model, nn.Module):
         # A new session, so that its weights are loaded inside the window.
-        return peak_memory(lambda: batch.call(model.runner(num_threads)), device)
-    activations = peak_memory(lambda: batch.call(model), device)
+        return peak_resident(lambda: batch.call(model.runner(num_threads)))
+    activations = peak_allocated(lambda: batch.call(model), device)
     if activations is None:
         return None
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))

@@ -256,7 +256,11 @@ def test_a_metric_that_was_never_logged_is_named(make_trainer):
         ({"max_quality_drop": -0.1}, "max_quality_drop=-0.1"),
         ({"mode": "up"}, "mode='up'"),
         ({"calibration_samples": 0}, "calibration_samples=0"),
-        ({"batch_sizes": []}, "batch_sizes=0"),
+        ({"batch_sizes": []}, r"batch_sizes=\[\]"),
+        ({"batch_sizes": 4}, "batch_sizes=4"),
+        ({"max_quality_drop": "abc"}, "max_quality_drop='abc'"),
+        ({"max_quality_drop": float("nan")}, "max_quality_drop=nan"),
+        ({"monitor": 5}, "monitor=5"),
         ({"rounds": 1.5}, "rounds=1.5"),
     ],
 )
@@ -357,13 +361,59 @@ def test_the_fewest_accepted_is_found(needed):
     assert len(set(asked)) == len(asked), "a question costs a validation"
 
 
-def test_a_read_only_place_is_reported_and_the_fit_succeeds(make_trainer, tmp_path):
+def test_a_place_that_cannot_be_written_is_named_before_the_training(make_trainer, tmp_path):
     (tmp_path / "file").write_text("in the way")
     callback = quick(scheme="static", output_dir=str(tmp_path / "file" / "artifact"))
+    with pytest.raises(MisconfigurationException, match=f"output_dir={tmp_path}/file/artifact: {tmp_path}/file is no"):
+        make_trainer(callback).fit(MLP(width=8, depth=1), Digits())
+
+
+class Named(KeywordOnly):
+    """A constant among the arguments differs from batch to batch."""
+
+    def forward(self, *, a, b, name):
+        return super().forward(a=a, b=b)
+
+    def training_step(self, batch, batch_idx):
+        logits = self(a=batch["a"], b=batch["b"], name=f"batch {batch_idx}")["logits"]
+        return nn.functional.cross_entropy(logits, batch["y"])
+
+
+def test_whatever_the_check_meets_the_fit_succeeds(make_trainer):
+    callback = quick()
     trainer = make_trainer(callback)
-    trainer.fit(MLP(width=8, depth=1), Digits())
+    trainer.fit(Named())
     assert trainer.state.finished
-    assert f"output_dir={tmp_path}/file/artifact: cannot write the artifact there" in callback.error
+    assert "was exported with" in callback.error
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+def test_other_precisions_give_an_int8_artifact(make_trainer, child_caller, precision):
+    callback = quick(scheme="dynamic")
+    make_trainer(callback, precision=precision).fit(child_caller, Digits())
+    assert callback.error is None
+    assert callback.artifact.size_bytes < 8000, "64 x 48 + 48 x 10 weights of one byte"
+    assert set(callback.after.quality) == {"val/loss", "val/acc"}
+    expected = {"bf16-true": torch.bfloat16, "64-true": torch.float64, "bf16-mixed": torch.float32}[precision]
+    assert child_caller.net[0].weight.dtype is expected
+
+
+class Recurrent(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 32, batch_first=True)
+
+    def training_step(self, batch, batch_idx):
+        return self.gru(batch[0].squeeze(1))[0].square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def test_an_artifact_with_nothing_quantized_is_refused(make_trainer):
+    callback = quick(scheme="dynamic")
+    make_trainer(callback, limit_val_batches=0).fit(Recurrent(), Digits())
+    assert "quantized nothing" in callback.error
 
 
 def test_training_without_validation_reports_the_agreement(make_trainer):

@@ -75,7 +75,7 @@ def test_a_corrupted_artifact_is_named_and_recorded(optcore, tmp_path, trained):
         ([], "artifact=null: give artifact=<folder>, or model=<option> data=<option>"),
         (["model=cnn"], "artifact=null: give artifact=<folder>"),
         (["artifact=nowhere"], "artifact=nowhere: no manifest.json there"),
-        (["model=cnn", "data=digits", "ckpt_path=wrong"], "ckpt_path=wrong: does not fit the model"),
+        (["model=cnn", "data=digits", "ckpt_path=wrong"], "ckpt_path=wrong: no checkpoint"),
     ],
 )
 def test_bad_input_gives_one_clear_line(optcore, tmp_path, overrides, message):

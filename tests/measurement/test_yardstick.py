@@ -124,5 +124,5 @@ def test_inputs_that_do_not_fit_are_reported():
 
 
 def test_inputs_without_a_batch_axis_are_reported():
-    with pytest.raises(ValueError, match="no tensor with a batch axis"):
+    with pytest.raises(ValueError, match="no torch tensor with a batch axis"):
         measure(nn.Linear(2, 2), torch.tensor(1.0), rounds=1)
