@@ -72,6 +72,19 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """In which order the units of a group are removed.
+
+    Args:
+        order: The units, the least important first.
+        lost: What is lost with the first one, the first two, and so on; comparable between groups.
+    """
+
+    order: list[int]
+    lost: list[float]
+
+
+@dataclass(frozen=True)
 class Cut:
     """What is left of a module.
 
@@ -445,6 +458,23 @@ def traceable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def rank_by_saliency(found: ChannelGroups, saliency: Mapping[str, Tensor], *, normalised: bool) -> dict[str, Ranking]:
+    """Rank the units of each group by the saliency of their weights.
+
+    Args:
+        found: The groups.
+        saliency: One non-negative number per weight, by the tensor's name.
+        normalised: Count shares of a group's saliency, for criteria whose scale differs between layers.
+    """
+    rankings = {}
+    for name, group in found.groups.items():
+        scores = unit_scores(group, saliency)
+        order = torch.argsort(scores, stable=True)
+        whole = float(scores.sum()) if normalised else 1.0
+        rankings[name] = Ranking(order.tolist(), (torch.cumsum(scores[order], 0) / max(whole, 1e-30)).tolist())
+    return rankings
 
 
 def unit_scores(group: ChannelGroup, saliency: Mapping[str, Tensor]) -> Tensor:

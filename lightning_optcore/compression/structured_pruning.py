@@ -1,7 +1,8 @@
 """Structured pruning: channels, neurons and heads are removed for real, chosen by what they cost where they will run.
 
-Criteria: ``l2`` sums squared weights (Li et al., ICLR 2017, arXiv:1608.08710); ``taylor`` estimates the change of the
-loss, (gradient x weight)^2 per weight (Molchanov et al., CVPR 2019, arXiv:1906.10771, equation 8).
+Criteria: ``reconstruction`` as in ``reconstruction.py``; ``l2`` sums squared weights (Li et al., ICLR 2017,
+arXiv:1608.08710); ``taylor`` estimates the change of the loss, (gradient x weight)^2 per weight (Molchanov et al., CVPR
+2019, arXiv:1906.10771, equation 8).
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from lightning_optcore.compression.attention import allow_missing_heads
 from lightning_optcore.compression.channel_costs import ChannelCosts
 from lightning_optcore.compression.channel_groups import (
     ChannelGroups,
+    Ranking,
     apply_cut,
     find_channel_groups,
     plan_cut,
-    unit_scores,
+    rank_by_saliency,
 )
 from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, open_ledger
 from lightning_optcore.compression.layer_latency import LayerLatency
+from lightning_optcore.compression.reconstruction import compensate, rank_by_reconstruction
 from lightning_optcore.compression.schedule import Schedule, cubic
 from lightning_optcore.compression.structure import Structure, resize
 from lightning_optcore.compression.training_state import (
@@ -43,13 +46,14 @@ from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.recipe import Step, register_step
 
 STEP = "structured_pruning"
-CRITERIA = ("l2", "taylor", "random")
+CRITERIA = ("reconstruction", "taylor", "l2", "random")
 Criterion = Callable[[str, Tensor, "Tensor | None"], Tensor]
 
 # Steps of training whose gradients are averaged before a decision.
 _GRADIENT_STEPS = 10
 # No layer is cut below this share of its channels.
 _FLOOR = 0.125
+_COMPENSATION_SAMPLES = 128
 
 
 @dataclass
@@ -62,7 +66,7 @@ class StructuredPruningParameters:
     target_flops: float | None = None
     target_params: float | None = None
     target_latency: float | None = None
-    criterion: str = "taylor"
+    criterion: str = "reconstruction"
     shapes: dict[str, list[int]] = field(default_factory=dict)
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     attention: list[str] = field(default_factory=list)
@@ -123,9 +127,10 @@ def prune_channels(
     target_flops: float | None = None,
     target_params: float | None = None,
     target_latency: float | None = None,
-    criterion: str | Criterion = "l2",
+    criterion: str | Criterion = "reconstruction",
     ignore: Sequence[str | type[nn.Module]] = (),
     latency: LayerLatency | None = None,
+    compensated: bool = True,
 ) -> Pruning:
     """Remove channels, neurons and attention heads of a module, in place.
 
@@ -137,11 +142,14 @@ def prune_channels(
         target_flops: Fraction of the FLOPs to leave.
         target_params: Fraction of the parameters to leave.
         target_latency: Fraction of the layers' latency to leave.
-        criterion: ``"l2"``, ``"taylor"`` (needs gradients: call ``backward`` first), ``"random"``, or a
-            function of (name, weight, gradient) that returns one non-negative number per weight.
+        criterion: ``"reconstruction"`` (what the readers of a channel lose although the others make up for
+            it), ``"l2"``, ``"taylor"`` (needs gradients: call ``backward`` first), ``"random"``, or a function
+            of (name, weight, gradient) that returns one non-negative number per weight.
         ignore: Layers that keep their channels: names (``*`` allowed) or types.
         latency: Times layers in the backend that will run them; with it, what to cut is chosen by latency
             as well. ``None`` times layers in torch if ``target_latency`` is given.
+        compensated: Let the channels that stay make up for the others, by least squares over
+            ``example_inputs``: give some tens of real samples then.
 
     Raises:
         MisconfigurationException: If a target makes no sense or cannot be reached.
@@ -164,8 +172,11 @@ def prune_channels(
         name: saliency_of(criterion, name, parameter.detach(), parameter.grad)
         for name, parameter in module.named_parameters()
     }
-    removed = choose_channels(found, costs, saliency, targets, normalised=criterion != "taylor")
+    rankings = _rankings(criterion, module, Inputs.of(example_inputs), found, saliency)
+    removed = choose_channels(found, costs, rankings, targets)
     cut = plan_cut(module, example_inputs, removed, found)
+    if compensated:
+        compensate(module, Inputs.of(example_inputs), removed, found)
     apply_cut(module, cut)
     kept = _kept(found, removed)
     change = before.changed_to(Structure.of(module))
@@ -173,11 +184,20 @@ def prune_channels(
     return Pruning(step, removed, _left(costs, kept, _original(costs)), found.skipped)
 
 
+def _rankings(
+    criterion: str | Criterion, module: nn.Module, inputs: Inputs, found: ChannelGroups, saliency: Mapping[str, Tensor]
+) -> dict[str, Ranking]:
+    rankings = rank_by_saliency(found, saliency, normalised=criterion != "taylor")
+    if criterion == "reconstruction":
+        rankings.update(rank_by_reconstruction(module, inputs, found))
+    return rankings
+
+
 def saliency_of(criterion: str | Criterion, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
     """Return how much each weight matters."""
     if callable(criterion):
         return criterion(name, weight, gradient)
-    if criterion == "l2":
+    if criterion in ("l2", "reconstruction"):
         return weight.square()
     if criterion == "random":
         generator = torch.Generator().manual_seed(sum(name.encode()))
@@ -190,35 +210,26 @@ def saliency_of(criterion: str | Criterion, name: str, weight: Tensor, gradient:
 def choose_channels(
     found: ChannelGroups,
     costs: ChannelCosts,
-    saliency: Mapping[str, Tensor],
+    rankings: Mapping[str, Ranking],
     targets: Targets,
     *,
     original: Mapping[str, float] | None = None,
     floors: Mapping[str, int] | None = None,
-    normalised: bool = True,
 ) -> dict[str, list[int]]:
-    """Choose the units to remove: the least saliency per saved cost first, until every target is met.
+    """Choose the units to remove: the least loss per saved cost first, until every target is met.
 
     Args:
         found: The groups.
         costs: What the network costs.
-        saliency: One non-negative number per weight, by the tensor's name.
+        rankings: The order of removal in each group, with the loss.
         targets: What to leave of the original.
         original: Costs of the original where ``found`` is of a network that was pruned before.
         floors: Fewest units that a group keeps.
-        normalised: Compare shares of a group's saliency, for criteria whose scale differs between layers.
 
     Raises:
         MisconfigurationException: If the targets cannot be reached.
     """
-    whole = _original(costs)
-    original = dict(original) if original is not None else whole
-    scores = {name: unit_scores(group, saliency) for name, group in found.groups.items()}
-    order = {name: torch.argsort(values) for name, values in scores.items()}
-    lost = {
-        name: torch.cumsum(values[order[name]], 0) / (values.sum().clamp_min(1e-30) if normalised else 1.0)
-        for name, values in scores.items()
-    }
+    original = dict(original) if original is not None else _original(costs)
     kept = costs.whole
     least = {name: max(1, ceil(_FLOOR * units)) for name, units in kept.items()}
     least.update({name: floor for name, floor in (floors or {}).items() if name in least})
@@ -229,7 +240,7 @@ def choose_channels(
         ]
 
     def loss(name: str, count: int) -> float:
-        return float(lost[name][count - 1]) if count else 0.0
+        return rankings[name].lost[count - 1] if count else 0.0
 
     while names := unmet():
         best: tuple[float, str, int] | None = None
@@ -255,7 +266,7 @@ def choose_channels(
     while regained := _worth_giving_back(found, kept, loss, unmet):
         kept[regained] += _stride(found.groups[regained].units)
     return {
-        name: sorted(order[name][: found.groups[name].units - count].tolist())
+        name: sorted(rankings[name].order[: found.groups[name].units - count])
         for name, count in kept.items()
         if count < found.groups[name].units
     }
@@ -353,12 +364,15 @@ class StructuredPruning(Callback):
         target_params: Fraction of the parameters to leave.
         target_latency: Fraction of the latency to leave, as measured layer by layer in the backend that will
             run the model: ONNX Runtime where a quantization callback follows, torch otherwise.
-        criterion: ``"taylor"``, ``"l2"``, ``"random"``, or a function of (name, weight, gradient).
+        criterion: ``"reconstruction"``, ``"taylor"``, ``"l2"``, ``"random"``, or a function of (name, weight,
+            gradient) that returns one non-negative number per weight.
         start_epoch: Epoch of the (first) cut; may be a fraction. Where the fit is planned to end before, the
             cut is moved to its first half.
         end_epoch: Prune gradually up to this epoch; ``None`` prunes at once.
         ignore: Layers that keep their channels: names (``*`` allowed) or types.
         example_inputs: What the module takes; by default the inputs of the first batch.
+        compensated: Let the channels that stay make up for those that go, by least squares over the last
+            inputs before the cut.
         batch_sizes: Batch sizes at which layers are timed.
         cache: Store that keeps the timed layers; by default ``~/.cache/lightning_optcore/latency.db``.
 
@@ -379,11 +393,12 @@ class StructuredPruning(Callback):
         target_flops: float | None = None,
         target_params: float | None = None,
         target_latency: float | None = None,
-        criterion: str | Criterion = "taylor",
+        criterion: str | Criterion = "reconstruction",
         start_epoch: float = 0,
         end_epoch: float | None = None,
         ignore: Sequence[str | type[nn.Module]] = (),
         example_inputs: Any = None,
+        compensated: bool = True,
         batch_sizes: Sequence[int] = (1, 32),
         cache: str | None = None,
     ) -> None:
@@ -394,12 +409,13 @@ class StructuredPruning(Callback):
             expected = ", ".join(CRITERIA)
             raise MisconfigurationException(f"{STEP}.criterion={criterion!r}: expected one of {expected}")
         # A first batch shows the inputs; a criterion of gradients wants some more.
-        warm_up = 1 if criterion in ("l2", "random") else _GRADIENT_STEPS
+        warm_up = 1 if criterion in ("reconstruction", "l2", "random") else _GRADIENT_STEPS
         self._schedule = Schedule(start_epoch, end_epoch, warm_up)
         self._schedule.check(STEP)
         self.criterion = criterion
         self.ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
         self.example_inputs = example_inputs
+        self.compensated = compensated
         self.batch_sizes = tuple(batch_sizes)
         self.cache = cache
         self.left: dict[str, float] = {}
@@ -443,8 +459,8 @@ class StructuredPruning(Callback):
         close_ledger(pl_module)
         if self._key is None:
             self._key = free_key(ledger, STEP)
+        self._recorder = ForwardRecorder(pl_module, max_samples=1)
         if self._target is None:
-            self._recorder = ForwardRecorder(pl_module, max_samples=2)
             self._recorder.attach()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -452,10 +468,16 @@ class StructuredPruning(Callback):
         progress = self._schedule.due(trainer, self._batch) if self._progress < 1 else None
         if progress is not None and self._target is not None:
             self._prune(trainer, pl_module, progress)
+        elif self._progress < 1 and self._schedule.batches_until_next(trainer, self._batch) == 1:
+            # The last batch before a cut is what the compensation looks at.
+            self._recorder = ForwardRecorder(pl_module, max_samples=1)
+            self._recorder.attach()
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Average the saliency over the steps before a cut."""
-        if self._progress >= 1 or self._schedule.batches_until_next(trainer, self._batch) > _GRADIENT_STEPS:
+        if self.criterion in ("reconstruction", "l2", "random") or self._progress >= 1:
+            return
+        if self._schedule.batches_until_next(trainer, self._batch) > _GRADIENT_STEPS:
             return
         for name, parameter in pl_module.named_parameters():
             if parameter.grad is not None:
@@ -466,12 +488,15 @@ class StructuredPruning(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Count; stop watching the forward once its inputs are known."""
         self._batch += 1
-        if self._target is None and self._recorder is not None and self._recorder.target() is not None:
-            self._recorder.detach()
+        if self._recorder is None or self._recorder.target() is None:
+            return
+        self._recorder.detach()
+        if self._target is None:
             self._target = self._recorder.target()
-            if self._inputs is None:
-                recorded = self._recorder.inputs[self._target or ""][0]
-                self._inputs = recorded.resized(min(2, recorded.batch_size))
+        recorded = self._recorder.inputs.get(self._target or "")
+        if recorded and self.example_inputs is None:
+            self._inputs = recorded[0].samples(0, min(_COMPENSATION_SAMPLES, recorded[0].batch_size))
+        self._recorder = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish what the fit was too short for."""
@@ -535,6 +560,8 @@ class StructuredPruning(Callback):
         ledger = open_ledger(pl_module, trainer)
         close_ledger(pl_module)
         cut = plan_cut(target, inputs, removed, found)
+        if self.compensated:
+            compensate(target, self._same_on_all_ranks(trainer, inputs).to(pl_module.device), removed, found)
         for optimizer in trainer.optimizers:
             for dropped in cut_optimizer(optimizer, target, cut):
                 rank_zero_warn(f"{STEP}: the optimizer's state of {prefix}{dropped} cannot be cut; it starts anew")
@@ -551,6 +578,10 @@ class StructuredPruning(Callback):
         if progress >= 1:
             figures = ", ".join(f"{value:.1%} of the {key}" for key, value in self.left.items())
             rank_zero_info(f"{STEP}: left {figures} of {name or type(pl_module).__name__}")
+
+    @staticmethod
+    def _same_on_all_ranks(trainer: Any, inputs: Inputs) -> Inputs:
+        return trainer.strategy.broadcast(inputs, src=0) if trainer.world_size > 1 else inputs
 
     def _found(self, target: nn.Module, inputs: Inputs) -> ChannelGroups:
         try:
@@ -582,14 +613,9 @@ class StructuredPruning(Callback):
                 key: saliency_of(self.criterion, key, parameter.detach(), parameter.grad)
                 for key, parameter in target.named_parameters()
             }
+        rankings = _rankings(self.criterion, target, inputs.to(device), found, saliency)
         removed = choose_channels(
-            found,
-            costs,
-            saliency,
-            self.targets.at(progress),
-            original=self._original,
-            floors=self._floors,
-            normalised=self.criterion != "taylor",
+            found, costs, rankings, self.targets.at(progress), original=self._original, floors=self._floors
         )
         self.left = _left(costs, _kept(found, removed), self._original)
         latency.save()
