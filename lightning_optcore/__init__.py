@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_optcore.compression.artifact import Artifact, load_artifact
+    from lightning_optcore.compression.checkpoints import load_from_checkpoint
     from lightning_optcore.measurement import (
         Latency,
         Measurement,
@@ -31,6 +32,7 @@ _HOME_OF = {
     "Store": "store",
     "compare": "measurement",
     "load_artifact": "compression.artifact",
+    "load_from_checkpoint": "compression.checkpoints",
     "measure": "measurement",
     "measure_alternatives": "measurement",
     "rebuild": "recipe",
@@ -44,6 +46,7 @@ __all__ = [
     "Store",
     "compare",
     "load_artifact",
+    "load_from_checkpoint",
     "measure",
     "measure_alternatives",
     "rebuild",

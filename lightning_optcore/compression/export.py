@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ShapesCollection
+from torch.export import Dim
 
 from lightning_optcore.compression.onnx_model import OnnxModel, Signature, TensorSpec
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
@@ -63,7 +63,7 @@ def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
         for exporter in (_export_program, _trace):
             try:
                 with _export_settings():
-                    proto = exporter(module, small, axes)
+                    proto = exporter(_Flat(module, small).eval(), small.tensors(), axes, _tensor_names(names, small))
                 model = _wrap(proto, names, inputs, output, other)
                 _check(module, model, inputs)
             except Exception as error:
@@ -96,38 +96,58 @@ def stripped(proto: onnx.ModelProto) -> bytes:
     return lean.SerializeToString()
 
 
-def _export_program(module: nn.Module, inputs: Inputs, axes: Sequence[int | None]) -> onnx.ModelProto:
+class _Flat(nn.Module):
+    """The module as a function of plain tensors: exporters stumble over keywords, constants and nested arguments."""
+
+    def __init__(self, module: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.module = module
+        self._inputs = inputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = iter(tensors)
+        return tuple(tensors_in(self._inputs.map(lambda _: next(given)).call(self.module)))
+
+
+def _export_program(
+    module: _Flat, tensors: Sequence[Tensor], axes: Sequence[int | None], names: Sequence[str]
+) -> onnx.ModelProto:
     """torch.export"""
     batch = Dim("batch", min=1, max=1 << 20)
-    shapes = ShapesCollection()
-    for tensor, axis in zip(inputs.tensors(), axes, strict=True):
-        if axis is not None:
-            shapes[tensor] = {axis: batch}
-    dynamic_shapes = shapes.dynamic_shapes(module, inputs.args, inputs.kwargs)
-    program = torch.export.export(module, inputs.args, inputs.kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-    exported = torch.onnx.export(program, dynamo=True, verbose=False)
+    shapes = tuple({axis: batch} if axis is not None else None for axis in axes)
+    program = torch.export.export(module, tuple(tensors), dynamic_shapes={"tensors": shapes}, strict=False)
+    exported = torch.onnx.export(program, input_names=list(names), dynamo=True, verbose=False)
     if exported is None:
         raise ExportError("the exporter returned nothing")
     return exported.model_proto
 
 
-def _trace(module: nn.Module, inputs: Inputs, axes: Sequence[int | None]) -> onnx.ModelProto:
+def _trace(
+    module: _Flat, tensors: Sequence[Tensor], axes: Sequence[int | None], names: Sequence[str]
+) -> onnx.ModelProto:
     """tracing"""
-    names = [f"input_{i}" for i in range(len(axes))]
     free = {name: {axis: "batch"} for name, axis in zip(names, axes, strict=True) if axis is not None}
     with tempfile.TemporaryDirectory(prefix="optcore-export-") as folder:
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             module,
-            inputs.args,
+            tuple(tensors),
             path,
-            kwargs=inputs.kwargs,
             dynamo=False,
-            input_names=names,
+            input_names=list(names),
             dynamic_axes=free,
             opset_version=18,
         )
         return onnx.load(path)
+
+
+def _tensor_names(names: Sequence[str], inputs: Inputs) -> list[str]:
+    """Name each tensor after its argument, with a number where the argument holds several."""
+    found: list[str] = []
+    for name, value in zip(names, [*inputs.args, *inputs.kwargs.values()], strict=True):
+        count = len(list(tensors_in(value)))
+        found += [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
+    return found
 
 
 def _named(module: nn.Module, inputs: Inputs) -> tuple[list[str], Inputs]:

@@ -22,6 +22,7 @@ from torch import nn
 
 from lightning_optcore.compression import onnx_quantization
 from lightning_optcore.compression.artifact import Artifact, ArtifactError, write_artifact
+from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.export import ExportError, export_onnx
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import QuantizationError
@@ -32,7 +33,7 @@ from lightning_optcore.measurement.inputs import Inputs, joined
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.measurement.timing import time_in_turns
 from lightning_optcore.measurement.yardstick import check_arguments, measure_alternatives
-from lightning_optcore.recipe import Recipe, register_step
+from lightning_optcore.recipe import register_step
 
 log = logging.getLogger(__name__)
 
@@ -364,7 +365,7 @@ class PostTrainingQuantization(Callback):
         self.artifact = write_artifact(
             folder,
             result.model,
-            Recipe().then(STEP, **vars(result.parameters)),
+            recipe_of(pl_module).then(STEP, **vars(result.parameters)),
             before=measurements["before"],
             after=measurements["after"],
         )

@@ -21,6 +21,7 @@ from lightning_optcore.measurement.inputs import Inputs
 
 # Share of the mean variance that is added to the diagonal: channels may be copies of each other.
 _RIDGE = 1e-3
+_MOST_ROUNDS = 512
 _READERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
@@ -77,31 +78,36 @@ class _Reader:
         """Return the change of the output, as a share of it, for the loss of each single channel."""
         return self.weight.square().sum(dim=1) / self.inverse.diagonal().clamp_min(1e-30) / self.energy
 
-    def remove(self, channel: int) -> None:
-        """Take a channel away; the others make up for it."""
-        column, pivot = self.inverse[:, channel].clone(), self.inverse[channel, channel].clone()
-        self.weight -= torch.outer(column, self.weight[channel]) / pivot
-        self.inverse -= torch.outer(column, column) / pivot
-        self.weight[channel] = 0
-        self.inverse[channel] = self.inverse[:, channel] = 0
-        self.inverse[channel, channel] = 1
+    def remove(self, channels: Tensor) -> None:
+        """Take channels away; the others make up for them."""
+        columns = self.inverse[:, channels].clone()
+        pivots = torch.linalg.pinv(columns[channels], hermitian=True)
+        self.weight -= columns @ (pivots @ self.weight[channels])
+        self.inverse -= columns @ pivots @ columns.T
+        self.weight[channels] = 0
+        self.inverse[channels] = 0
+        self.inverse[:, channels] = 0
+        self.inverse[channels, channels] = 1
 
 
 def _eliminated(group: ChannelGroup, readers: Sequence[_Reader]) -> Ranking:
     order: list[int] = []
     lost: list[float] = []
     gone = torch.zeros(group.units, dtype=torch.bool)
-    for _ in range(group.units):
+    # One by one in layers of usual width; several at once in very wide ones.
+    at_once = max(1, group.units // _MOST_ROUNDS)
+    while len(order) < group.units:
         costs = torch.zeros(group.units, dtype=torch.float64)
         for reader in readers:
             costs.index_add_(0, reader.member.unit, reader.costs()[reader.member.index])
-        unit = int(costs.masked_fill(gone, float("inf")).argmin())
-        gone[unit] = True
-        order.append(unit)
-        lost.append((lost[-1] if lost else 0.0) + float(costs[unit]))
+        count = min(at_once, group.units - len(order))
+        units = torch.argsort(costs.masked_fill(gone, float("inf")), stable=True)[:count]
+        gone[units] = True
+        for unit in units.tolist():
+            order.append(unit)
+            lost.append((lost[-1] if lost else 0.0) + float(costs[unit]))
         for reader in readers:
-            for channel in reader.member.index[reader.member.unit == unit].tolist():
-                reader.remove(channel)
+            reader.remove(reader.member.index[torch.isin(reader.member.unit, units)])
     return Ranking(order, lost)
 
 
@@ -158,7 +164,8 @@ def _second_moments(module: nn.Module, inputs: Inputs, lost: Mapping[str, Tensor
             handle.remove()
         for child, was_training in training.items():
             child.training = was_training
-    return {name: (moments, lost[name]) for name, moments in sums.items()}
+    # A training that diverged has nothing to teach.
+    return {name: (moments, lost[name]) for name, moments in sums.items() if bool(torch.isfinite(moments).all())}
 
 
 def _fold(layer: Any, moments: Tensor, gone: Tensor) -> None:

@@ -6,15 +6,12 @@ module is brought to the pruned shape, or a pruned one back, before weights are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# What `nn.Module` itself keeps in `__dict__`, and what changes while a model is used.
-_NOT_SIZES = frozenset({"training", "_is_full_backward_hook", "call_super_init", "dump_patches"})
 
 
 @dataclass
@@ -53,6 +50,22 @@ class Structure:
                 sizes[name] = different
         shapes = {name: shape for name, shape in after.shapes.items() if self.shapes.get(name) != shape}
         return Structure(shapes, sizes)
+
+    def only(self, keys: Mapping[str, Iterable[str]]) -> Structure:
+        """Return the structure with those sizes alone: a user's own counters are integers too."""
+        sizes = {
+            name: {key: value for key, value in values.items() if key in set(keys[name])}
+            for name, values in self.sizes.items()
+            if name in keys
+        }
+        return Structure(dict(self.shapes), {name: values for name, values in sizes.items() if values})
+
+    def prefixed(self, prefix: str) -> Structure:
+        """Return the same as part of a module that holds this one under a name."""
+        return Structure(
+            {prefix + name: shape for name, shape in self.shapes.items()},
+            {(prefix + name).rstrip("."): values for name, values in self.sizes.items()},
+        )
 
 
 def resize(module: nn.Module, structure: Structure) -> None:
@@ -96,7 +109,7 @@ def _sizes(module: nn.Module) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value
         for key, value in module.__dict__.items()
-        if key not in _NOT_SIZES and _is_size(value)
+        if not key.startswith("_") and _is_size(value)
     }
 
 

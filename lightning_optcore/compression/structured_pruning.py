@@ -37,8 +37,8 @@ from lightning_optcore.compression.structure import Structure, resize
 from lightning_optcore.compression.training_state import (
     all_finite,
     cut_optimizer,
-    random_state,
-    restore_random_state,
+    random_states,
+    restore_random_states,
     wrap_again,
 )
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
@@ -179,7 +179,7 @@ def prune_channels(
         compensate(module, Inputs.of(example_inputs), removed, found)
     apply_cut(module, cut)
     kept = _kept(found, removed)
-    change = before.changed_to(Structure.of(module))
+    change = before.changed_to(Structure.of(module)).only(cut.change.sizes)
     step = _step(targets, criterion, change, cut.attention)
     return Pruning(step, removed, _left(costs, kept, _original(costs)), found.skipped)
 
@@ -526,7 +526,7 @@ class StructuredPruning(Callback):
             "left": dict(self.left),
             "target": self._target,
             "inputs": self._plain_inputs(),
-            "random": random_state(),
+            "random": random_states(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -541,7 +541,7 @@ class StructuredPruning(Callback):
         if state_dict["inputs"] is not None:
             self._target = state_dict["target"]
             self._inputs = Inputs(**state_dict["inputs"])
-        restore_random_state(state_dict["random"])
+        restore_random_states(state_dict["random"])
 
     def _plain_inputs(self) -> dict[str, Any] | None:
         """Return the inputs if a checkpoint of plain data can hold them; a resumed run sees a batch soon."""
@@ -570,7 +570,10 @@ class StructuredPruning(Callback):
             apply_cut(submodule(average, name), cut)
         known = ledger.steps.get(self._key)
         attention = [*(known.parameters["attention"] if known else []), *(prefix + layer for layer in cut.attention)]
-        change = ledger.original.changed_to(Structure.of(pl_module))
+        sized = cut.change.prefixed(prefix).sizes
+        for layer, sizes in (known.parameters["sizes"] if known else {}).items():
+            sized[layer] = {**sizes, **sized.get(layer, {})}
+        change = ledger.original.changed_to(Structure.of(pl_module)).only(sized)
         ledger.record(self._key, _step(self.targets, self.criterion, change, list(dict.fromkeys(attention))))
         wrap_again(trainer.strategy)
         self._progress = progress

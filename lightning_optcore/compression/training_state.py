@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,23 @@ def random_state() -> dict[str, Any]:
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *(float(r) for r in rest)],
     }
+
+
+def random_states() -> list[dict[str, Any]]:
+    """Return the random states of all ranks; every rank must call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [random_state()]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, random_state())
+    return states
+
+
+def restore_random_states(states: Sequence[Mapping[str, Any]]) -> None:
+    """Set this rank's generators to its own of :func:`random_states`, if there were as many ranks then."""
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if known else (0, 1)
+    if len(states) == world:
+        restore_random_state(states[rank])
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.fingerprints import model_fingerprint
 from lightning_optcore.jobs.checks import check, instance_of
 from lightning_optcore.jobs.errors import ConfigurationError
@@ -57,8 +58,9 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
         for role, measurement in measurements.items():
             recording.measurement(role, measurement)
         _check_callbacks(callbacks)
-        for artifact in _artifacts(callbacks):
-            recording.recipe(artifact.recipe)
+        made = [artifact.recipe for artifact in _artifacts(callbacks)] or [recipe_of(model)]
+        if made[-1].steps:
+            recording.recipe(made[-1])
         known = {**quality, **next(reversed(measurements.values())).scalars()} if measurements else quality
         values = objective_values(objective, known)
         recording.finish("done")

@@ -227,7 +227,7 @@ def _size_bytes(model: nn.Module | Deployed) -> int:
 def _flops(model: nn.Module | Deployed, sample: Inputs) -> int | None:
     if not isinstance(model, nn.Module):
         return model.count_flops(sample)
-    with FlopCounterMode(display=False) as counter:
+    with _unfused_attention(), FlopCounterMode(display=False) as counter:
         try:
             sample.call(model)
         except Exception as error:
@@ -236,6 +236,17 @@ def _flops(model: nn.Module | Deployed, sample: Inputs) -> int | None:
                 f"(one sample of them): {type(error).__name__}: {error}"
             ) from error
     return int(counter.get_total_flops())
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """The counter does not see into the fused kernel of ``nn.TransformerEncoderLayer``."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _peak_memory(model: nn.Module | Deployed, batch: Inputs, num_threads: int, device: torch.device) -> int | None:

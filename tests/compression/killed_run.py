@@ -1,0 +1,45 @@
+"""A fit that prunes and saves, to be killed and resumed: killed_run.py FOLDER [--slow] [--resume CHECKPOINT]."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_optcore.callbacks import KnowledgeDistillation, StructuredPruning
+from lightning_optcore.data import Digits
+from lightning_optcore.models import CNN
+
+
+class Slow(Callback):
+    def on_train_batch_end(self, *_: object) -> None:
+        time.sleep(0.03)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--slow", action="store_true")
+    parser.add_argument("--resume")
+    options = parser.parse_args()
+    seed_everything(7 if options.resume else 0, verbose=False)
+    model = CNN(width=16, depth=2)
+    checkpoint = ModelCheckpoint(dirpath=options.folder, save_top_k=-1, filename="{epoch}", save_last=True)
+    callbacks = [KnowledgeDistillation(alpha=0.3), StructuredPruning(target_flops=0.5, start_epoch=1, end_epoch=3)]
+    Trainer(
+        accelerator="cpu",
+        max_epochs=5,
+        callbacks=[*callbacks, checkpoint, *([Slow()] if options.slow else [])],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model, Digits(), ckpt_path=options.resume)
+    torch.save(model.state_dict(), options.folder / "final.pt")
+
+
+if __name__ == "__main__":
+    main()
