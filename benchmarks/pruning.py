@@ -32,6 +32,8 @@ from lightning_optcore.models import CNN
 
 STEPS = 150
 TARGET_FLOPS = 0.46
+# Of the layers' latency in torch, for the pruned module as it is.
+TARGET_LATENCY = 0.55
 DENSE = "dense, fine-tuned alike"
 
 
@@ -63,7 +65,7 @@ def main() -> None:
         for name, figures in one_seed(seed, data, options.epochs, options.rounds).items():
             results.setdefault(name, []).append(figures)
         print(f"seed {seed} done", flush=True)
-    Console(width=140).print(_table(results))
+    Console(width=150).print(_table(results))
     print("versions:", ", ".join(f"{n} {version(n)}" for n in ("torch", "lightning", "torch-pruning", "onnxruntime")))
 
 
@@ -92,14 +94,15 @@ def one_seed(seed: int, data: FashionMNIST, epochs: int, rounds: int) -> dict[st
             return quantization.artifact
 
     pruning = {"target_flops": TARGET_FLOPS}
+    fast = {**pruning, "target_latency": TARGET_LATENCY}
     models: dict[str, Any] = {
         DENSE: tuned(fresh()),
         "Torch-Pruning, L2 uniform": tuned(torch_pruned(fresh(), data, "l2", global_pruning=False)),
         "Torch-Pruning, L2 global": tuned(torch_pruned(fresh(), data, "l2", global_pruning=True)),
         "Torch-Pruning, Taylor global": tuned(torch_pruned(fresh(), data, "taylor", global_pruning=True)),
-        "StructuredPruning": tuned(fresh(), StructuredPruning(**pruning)),
-        "StructuredPruning + KnowledgeDistillation": tuned(
-            fresh(), KnowledgeDistillation(alpha=0.3, temperature=1.0), StructuredPruning(**pruning)
+        "StructuredPruning": tuned(fresh(), StructuredPruning(**fast)),
+        "StructuredPruning, distilled": tuned(
+            fresh(), KnowledgeDistillation(alpha=0.3, temperature=1.0), StructuredPruning(**fast)
         ),
         "PostTrainingQuantization alone": compressed(),
         "prune + distil + int8": compressed(
@@ -176,7 +179,7 @@ def _table(results: dict[str, list[dict[str, float]]]) -> Table:
         "points": ("points", "{:+.2f}"),
         "macs": ("MACs", "{:.3f}"),
         "megabytes": ("MB", "{:.3f}"),
-        "batch 1": ("x dense eager, batch 1", "{:.2f}"),
+        "batch 1": ("x dense, batch 1", "{:.2f}"),
         "batch 32": ("batch 32", "{:.2f}"),
     }
     table.add_column("mean ± standard deviation", no_wrap=True)

@@ -36,8 +36,12 @@ def num_parameters(model: onnx.ModelProto) -> int:
     skipped = {name for node in model.graph.node if node.op_type in _QUANTIZERS for name in list(node.input)[1:]}
     # Dynamic quantization hands scales and zero points to other nodes; its names are the convention.
     suffixes = ("_scale", "_zero_point", "_quantized_scale")
+    # Two weights of 4 bits share a byte, and scales follow as the next input.
+    halves = {node.input[1] for node in model.graph.node if node.op_type == "MatMulNBits"}
+    blocks = ("MatMulNBits", "GatherBlockQuantized")
+    skipped |= {name for node in model.graph.node if node.op_type in blocks for name in list(node.input)[2:]}
     return sum(
-        prod(tensor.dims)
+        prod(tensor.dims) * (2 if tensor.name in halves else 1)
         for tensor in model.graph.initializer
         if tensor.data_type in _WEIGHT_TYPES and tensor.name not in skipped and not tensor.name.endswith(suffixes)
     )

@@ -149,6 +149,10 @@ class OnnxModel:
         feeds, _ = self._feeds(inputs.args, inputs.kwargs)
         return onnx_flops.count_flops(self.proto, {name: value.shape for name, value in feeds.items()})
 
+    def feeds(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """Return what the ONNX graph is fed with for a call."""
+        return self._feeds(inputs.args, inputs.kwargs)[0]
+
     def runner(self, num_threads: int) -> OnnxModel:
         """Return the same model in a session of its own with ``num_threads`` intra-op threads."""
         return OnnxModel(self.content, self.signature, num_threads=num_threads)

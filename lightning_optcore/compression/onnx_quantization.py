@@ -8,6 +8,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,10 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from lightning_optcore.compression.export import stripped
+from lightning_optcore.compression.onnx_embeddings import embedding_nodes, with_int4_embeddings
 from lightning_optcore.compression.onnx_model import OnnxModel
+from lightning_optcore.compression.onnx_smoothing import smoothed
+from lightning_optcore.compression.onnx_weight_only import with_int4_weights
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
 
 Scheme = Literal["static", "dynamic"]
@@ -35,10 +39,6 @@ DYNAMIC_OPERATORS = ("Gather", "Gemm", "LSTM", "MatMul")
 _THIN_CHANNELS = 4
 _SMALL_TYPES = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
-# x86 without VNNI adds two products of 8-bit numbers in 16 bits and saturates; weights within 7 bits cannot.
-# An artifact may run on another machine than the one that made it, so it is always safe.
-_SATURATION_SAFE = True
-
 
 class QuantizationError(RuntimeError):
     """A graph that ONNX Runtime's quantizer does not take; the message says why, in one line."""
@@ -46,7 +46,7 @@ class QuantizationError(RuntimeError):
 
 class _Calibration(CalibrationDataReader):
     def __init__(self, model: OnnxModel, batches: Sequence[Inputs]) -> None:
-        self._feeds = iter([model._feeds(batch.args, batch.kwargs)[0] for batch in batches])
+        self._feeds = iter([model.feeds(batch) for batch in batches])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self._feeds, None)
@@ -64,6 +64,22 @@ def prepared(model: OnnxModel) -> OnnxModel:
         return OnnxModel(target.read_bytes(), model.signature)
 
 
+@dataclass(frozen=True)
+class Widths:
+    """Into how many bits what goes.
+
+    Args:
+        weight_bits: 8; or 4 for the weights of linear layers, whose activations then stay in floating point.
+        embedding_bits: 8 or 4.
+        reduce_range: Use 7 of the 8 bits of a weight: x86 without VNNI adds two products of 8-bit numbers in 16 bits
+            and saturates, and an artifact may run on another machine than the one that made it.
+    """
+
+    weight_bits: int = 8
+    embedding_bits: int = 8
+    reduce_range: bool = True
+
+
 def quantized(
     model: OnnxModel,
     scheme: Scheme,
@@ -71,46 +87,73 @@ def quantized(
     *,
     excluded: Sequence[str] = (),
     only: Sequence[str] = (),
+    widths: Widths | None = None,
 ) -> OnnxModel:
-    """Quantize weights and activations of a prepared model to 8 bits.
+    """Quantize weights and activations of a prepared model.
 
     Args:
         model: What :func:`prepared` returned.
         scheme: ``"static"`` writes quantize/dequantize pairs with ranges from ``calibration`` (min and
-            max); ``"dynamic"`` takes the ranges of activations at run time.
-        calibration: Batches; not used by ``"dynamic"``.
+            max); ``"dynamic"`` takes the ranges of activations at run time, of smoothed ones where that is nearly free.
+        calibration: Batches.
         excluded: Names of nodes that stay in fp32.
         only: Names of the nodes to quantize; empty means all.
+        widths: Bits of weights and embeddings; 8 by default.
     """
-    with _workspace() as folder, _quiet(), _reported(scheme):
+    widths = widths or Widths()
+    excluded = list(excluded)
+    with _quiet(), _reported(scheme):
+        small_tables = widths.embedding_bits == 4 and not only
+        if small_tables:
+            excluded += embedding_nodes(model)
+        if widths.weight_bits == 4:
+            model = with_int4_weights(model, excluded)
+        elif scheme == "static":
+            model = _static(model, calibration, excluded, only, widths.reduce_range)
+        else:
+            model = _dynamic(smoothed(model, calibration), excluded, only, widths.reduce_range)
+        if small_tables:
+            model = with_int4_embeddings(model)
+        return OnnxModel(stripped(model.proto), model.signature)
+
+
+def _static(
+    model: OnnxModel, calibration: Sequence[Inputs], excluded: Sequence[str], only: Sequence[str], reduce_range: bool
+) -> OnnxModel:
+    with _workspace() as folder:
         source, target = folder / "model.onnx", folder / "quantized.onnx"
         source.write_bytes(model.content)
-        if scheme == "static":
-            quantize_static(
-                str(source),
-                str(target),
-                _Calibration(model, calibration),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=None,
-                per_channel=True,
-                reduce_range=_SATURATION_SAFE,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=list(excluded),
-                nodes_to_quantize=list(only),
-            )
-        else:
-            quantize_dynamic(
-                str(source),
-                str(target),
-                op_types_to_quantize=list(DYNAMIC_OPERATORS),
-                per_channel=True,
-                reduce_range=_SATURATION_SAFE,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=list(excluded),
-                nodes_to_quantize=list(only),
-            )
-        return OnnxModel(stripped(onnx.load(str(target))), model.signature)
+        quantize_static(
+            str(source),
+            str(target),
+            _Calibration(model, calibration),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=None,
+            per_channel=True,
+            reduce_range=reduce_range,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(excluded),
+            nodes_to_quantize=list(only),
+        )
+        return OnnxModel(target.read_bytes(), model.signature)
+
+
+def _dynamic(model: OnnxModel, excluded: Sequence[str], only: Sequence[str], reduce_range: bool) -> OnnxModel:
+    with _workspace() as folder:
+        source, target = folder / "model.onnx", folder / "quantized.onnx"
+        source.write_bytes(model.content)
+        quantize_dynamic(
+            str(source),
+            str(target),
+            op_types_to_quantize=list(DYNAMIC_OPERATORS),
+            per_channel=True,
+            reduce_range=reduce_range,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(excluded),
+            nodes_to_quantize=list(only),
+        )
+        return OnnxModel(target.read_bytes(), model.signature)
 
 
 def quantizable_nodes(model: OnnxModel, scheme: Scheme) -> list[str]:

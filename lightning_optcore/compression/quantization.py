@@ -25,7 +25,7 @@ from lightning_optcore.compression.artifact import Artifact, ArtifactError, writ
 from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.export import ExportError, export_onnx
 from lightning_optcore.compression.onnx_model import OnnxModel
-from lightning_optcore.compression.onnx_quantization import QuantizationError
+from lightning_optcore.compression.onnx_quantization import QuantizationError, Widths
 from lightning_optcore.compression.user_validation import UserValidation
 from lightning_optcore.measurement.directions import direction_of
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, detached_copy, submodule
@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime",)
 SCHEMES = ("auto", "static", "dynamic")
-WEIGHT_BITS = (8,)
+WEIGHT_BITS = (8, 4)
+EMBEDDING_BITS = (8, 4)
 STEP = "post_training_quantization"
 
 # The metric that stands in where validation does not run the model.
@@ -54,7 +55,14 @@ class PostTrainingQuantizationParameters:
     backend: str = "onnxruntime"
     scheme: str = "static"
     weight_bits: int = 8
+    embedding_bits: int = 8
+    reduce_range: bool = True
     excluded_nodes: list[str] = field(default_factory=list)
+
+    @property
+    def widths(self) -> Widths:
+        """Bits of weights and embeddings."""
+        return Widths(self.weight_bits, self.embedding_bits, self.reduce_range)
 
 
 @register_step(STEP, PostTrainingQuantizationParameters)
@@ -83,7 +91,9 @@ class QuantizedModel:
         """Return the same with some more nodes left in fp32."""
         scheme = _concrete(self.parameters.scheme)
         excluded = [*self.parameters.excluded_nodes, *nodes]
-        model = onnx_quantization.quantized(self.prepared, scheme, self.calibration, excluded=excluded)
+        model = onnx_quantization.quantized(
+            self.prepared, scheme, self.calibration, excluded=excluded, widths=self.parameters.widths
+        )
         parameters = replace(self.parameters, excluded_nodes=excluded)
         return QuantizedModel(model, parameters, self.prepared, self.calibration)
 
@@ -101,6 +111,8 @@ def post_training_quantize(
     backend: str = "onnxruntime",
     scheme: str = "auto",
     weight_bits: int = 8,
+    embedding_bits: int = 8,
+    reduce_range: bool = True,
 ) -> QuantizedModel:
     """Export a trained module to ONNX and quantize weights and activations to integers.
 
@@ -114,7 +126,10 @@ def post_training_quantize(
             (int8 seldom pays there); of those whose outputs stay close (cosine similarity of at least
             0.98) it takes the one with the smallest product of bytes and latency (geometric mean of
             batch 1 and 32); the closest one if none stays close.
-        weight_bits: 8.
+        weight_bits: 8; or 4 for the weights of linear layers alone, with activations in floating point.
+        embedding_bits: 8 or 4, for tables of at least 256 rows.
+        reduce_range: Use 7 of the 8 bits of a weight, so that no processor saturates. Without VNNI (or on unknown
+            machines) leave it on; with it, turning it off halves the rounding error of the weights.
 
     Raises:
         MisconfigurationException: If an option is not one of those.
@@ -128,7 +143,7 @@ def post_training_quantize(
         >>> post_training_quantize(net, batches, scheme="static").model(batches[0]).shape
         torch.Size([32, 4])
     """
-    _check_options(backend, scheme, weight_bits)
+    _check_options(backend, scheme, weight_bits, embedding_bits)
     batches = tuple(Inputs.of(batch) for batch in calibration_inputs)
     if not batches:
         raise ValueError("calibration_inputs is empty: expected at least one batch")
@@ -136,11 +151,12 @@ def post_training_quantize(
     prepared = onnx_quantization.prepared(exported)
 
     def make(scheme: onnx_quantization.Scheme) -> QuantizedModel:
-        model = onnx_quantization.quantized(prepared, scheme, batches)
-        return QuantizedModel(
-            model, PostTrainingQuantizationParameters(backend, scheme, weight_bits), prepared, batches
-        )
+        parameters = PostTrainingQuantizationParameters(backend, scheme, weight_bits, embedding_bits, reduce_range)
+        model = onnx_quantization.quantized(prepared, scheme, batches, widths=parameters.widths)
+        return QuantizedModel(model, parameters, prepared, batches)
 
+    if weight_bits == 4:
+        return make("dynamic")
     if scheme != "auto":
         return make(_concrete(scheme))
     candidates, reasons = [], []
@@ -181,15 +197,18 @@ def _call(model: Callable[..., Any], batch: Inputs) -> Callable[[], object]:
     return lambda: batch.call(model)
 
 
-def _check_options(backend: str, scheme: str, weight_bits: int) -> None:
+def _check_options(backend: str, scheme: str, weight_bits: int, embedding_bits: int) -> None:
     for key, value, allowed in (
         ("backend", backend, BACKENDS),
         ("scheme", scheme, SCHEMES),
         ("weight_bits", weight_bits, WEIGHT_BITS),
+        ("embedding_bits", embedding_bits, EMBEDDING_BITS),
     ):
         if value not in allowed:
             expected = ", ".join(map(str, allowed))
             raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected one of {expected}")
+    if weight_bits == 4 and scheme == "static":
+        raise MisconfigurationException(f"{STEP}.scheme='static': weight_bits=4 leaves activations in floating point")
 
 
 class PostTrainingQuantization(Callback):
@@ -207,7 +226,8 @@ class PostTrainingQuantization(Callback):
     Args:
         backend: ``"onnxruntime"``.
         scheme: ``"auto"``, ``"static"`` or ``"dynamic"``, as in :func:`post_training_quantize`.
-        weight_bits: 8.
+        weight_bits: 8 or 4, as in :func:`post_training_quantize`.
+        embedding_bits: 8 or 4.
         max_quality_drop: Largest accepted loss of ``monitor``, in its own unit (0.005 is half a point of
             accuracy). Where it is exceeded, the most sensitive layers stay in fp32, as few as will do;
             if even that is not enough, no artifact is written. ``None`` accepts any.
@@ -219,6 +239,7 @@ class PostTrainingQuantization(Callback):
         batch_sizes: Batch sizes to time.
         num_threads: Threads to time with.
         rounds: Turns of the timing.
+        reduce_range: As in :func:`post_training_quantize`.
 
     Attributes:
         artifact: The loaded artifact after the fit, or ``None``.
@@ -242,6 +263,7 @@ class PostTrainingQuantization(Callback):
         backend: str = "onnxruntime",
         scheme: str = "auto",
         weight_bits: int = 8,
+        embedding_bits: int = 8,
         max_quality_drop: float | None = None,
         output_dir: str | None = None,
         monitor: str | None = None,
@@ -250,9 +272,10 @@ class PostTrainingQuantization(Callback):
         batch_sizes: Sequence[int] = (1, 32),
         num_threads: int = 1,
         rounds: int = 30,
+        reduce_range: bool = True,
     ) -> None:
         super().__init__()
-        _check_options(backend, scheme, weight_bits)
+        _check_options(backend, scheme, weight_bits, embedding_bits)
         _check_drop(max_quality_drop)
         if mode not in (None, "min", "max"):
             raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
@@ -269,6 +292,8 @@ class PostTrainingQuantization(Callback):
         self.backend = backend
         self.scheme = scheme
         self.weight_bits = weight_bits
+        self.embedding_bits = embedding_bits
+        self.reduce_range = reduce_range
         self.max_quality_drop = max_quality_drop
         self.output_dir = output_dir
         self.monitor = monitor
@@ -347,7 +372,13 @@ class PostTrainingQuantization(Callback):
         quality_before = {**validation.of_model(), OUTPUT_COSINE: 1.0}
         target = _single_precision_copy(submodule(pl_module, name))
         result = post_training_quantize(
-            target, batches, backend=self.backend, scheme=self.scheme, weight_bits=self.weight_bits
+            target,
+            batches,
+            backend=self.backend,
+            scheme=self.scheme,
+            weight_bits=self.weight_bits,
+            embedding_bits=self.embedding_bits,
+            reduce_range=self.reduce_range,
         )
         _require_int8(result)
         result, quality_after = self._accepted(trainer, validation, name, target, result, quality_before)

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from nets import TOKENS, Encoder
+from torch import nn
+
+from lightning_optcore.compression.export import export_onnx
+from lightning_optcore.compression.onnx_embeddings import embedding_nodes, with_int4_embeddings
+from lightning_optcore.compression.onnx_quantization import cosine_similarity, prepared
+from lightning_optcore.compression.onnx_smoothing import smoothed
+from lightning_optcore.compression.quantization import post_training_quantize
+from lightning_optcore.measurement.inputs import Inputs
+
+
+class Table(nn.Module):
+    """A large table, a small one, and a linear layer on what they hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.large, self.small = nn.Embedding(1000, 64), nn.Embedding(10, 64)
+        self.norm, self.up, self.down = nn.LayerNorm(64), nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, tokens, kinds):
+        hidden = self.norm(self.large(tokens) + self.small(kinds))
+        return self.down(nn.functional.gelu(self.up(hidden)))
+
+
+INPUTS = {"tokens": torch.arange(60).reshape(6, 10), "kinds": torch.arange(60).reshape(6, 10) % 10}
+
+
+def operators(model) -> list[str]:
+    return [node.op_type for node in model.proto.graph.node]
+
+
+def test_large_tables_are_stored_in_four_bits():
+    net = Table().eval()
+    whole = prepared(export_onnx(net, INPUTS))
+    assert len(embedding_nodes(whole)) == 1
+    small = with_int4_embeddings(whole)
+    assert operators(small).count("GatherBlockQuantized") == 1
+    saved = 1000 * 64 * (4 - 0.5) - 1000 * 4
+    assert whole.size_bytes - small.size_bytes == pytest.approx(saved, rel=0.01)
+    assert cosine_similarity(net(**INPUTS), small(**INPUTS)) > 0.99
+
+
+def test_the_scale_of_a_block_is_better_than_that_of_its_largest_value():
+    net = nn.Embedding(300, 64)
+    table = net.weight.detach().numpy().reshape(300, 64)
+    ids = torch.arange(300).reshape(2, 150)
+    small = with_int4_embeddings(export_onnx(net, ids))
+    got = small(ids).numpy().reshape(300, 64)
+    scale = np.abs(table).max(1, keepdims=True) / 7
+    plain = np.clip(np.round(table / scale), -8, 7) * scale
+    assert np.square(got - table).mean() < 0.8 * np.square(plain - table).mean()
+
+
+def test_smoothing_changes_nothing_in_floating_point():
+    net = Table().eval()
+    with torch.no_grad():
+        net.norm.weight[3] = 50.0
+    whole = prepared(export_onnx(net, INPUTS))
+    smooth = smoothed(whole, [Inputs.of(INPUTS)])
+    assert operators(smooth).count("Mul") == operators(whole).count("Mul") + 1
+    torch.testing.assert_close(smooth(**INPUTS), whole(**INPUTS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight_bits", [8, 4])
+@pytest.mark.parametrize("embedding_bits", [8, 4])
+def test_a_transformer_in_few_bits(weight_bits, embedding_bits):
+    net = Table().eval()
+    result = post_training_quantize(
+        net, [INPUTS], scheme="dynamic", weight_bits=weight_bits, embedding_bits=embedding_bits
+    )
+    assert cosine_similarity(net(**INPUTS), result.model(**INPUTS)) > 0.98
+    assert ("GatherBlockQuantized" in operators(result.model)) == (embedding_bits == 4)
+    assert ("MatMulNBits" in operators(result.model)) == (weight_bits == 4)
+    assert (result.parameters.weight_bits, result.parameters.embedding_bits) == (weight_bits, embedding_bits)
+
+
+def test_linear_layers_on_matrices_have_a_four_bit_form_too():
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+    x = torch.randn(16, 64)
+    result = post_training_quantize(net, [x], weight_bits=4)
+    assert operators(result.model).count("MatMulNBits") == 2
+    assert result.model.num_parameters == pytest.approx(64 * 128 + 128 * 32 + 160, rel=0.05)
+    assert cosine_similarity(net(x), result.model(x)) > 0.98
+
+
+def test_layers_can_stay_in_fp32_in_every_width():
+    result = post_training_quantize(Table(), [INPUTS], scheme="dynamic", embedding_bits=4)
+    nodes = result.most_sensitive_nodes()
+    assert nodes
+    again = result.excluding(nodes[:1])
+    assert again.model.size_bytes > result.model.size_bytes
+    assert again.parameters.embedding_bits == 4
+
+
+def test_an_encoder_layer_in_eight_bits():
+    net = Encoder().eval()
+    result = post_training_quantize(net, [TOKENS], scheme="dynamic", reduce_range=False)
+    assert cosine_similarity(net(TOKENS), result.model(TOKENS)) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_bits": 3}, "weight_bits=3: expected one of 8, 4"),
+        ({"embedding_bits": 2}, "embedding_bits=2: expected one of 8, 4"),
+        ({"weight_bits": 4, "scheme": "static"}, "weight_bits=4 leaves activations in floating point"),
+    ],
+)
+def test_wrong_widths_are_named(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        post_training_quantize(Table(), [INPUTS], **options)
