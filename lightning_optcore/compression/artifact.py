@@ -105,7 +105,12 @@ def load_artifact(path: str | Path, *, num_threads: int | None = None) -> Artifa
         figures = _parsed(folder / MEASUREMENT, contents[MEASUREMENT])
         return Artifact(
             path=folder,
-            model=OnnxModel(contents[MODEL], Signature.from_dict(manifest["signature"]), num_threads=num_threads),
+            model=OnnxModel(
+                contents[MODEL],
+                Signature.from_dict(manifest["signature"]),
+                num_threads=num_threads,
+                runtime=manifest.get("runtime", "onnxruntime"),
+            ),
             recipe=Recipe.from_json(contents[RECIPE].decode()),
             measurement=Measurement.from_dict(figures["after"]),
             before=Measurement.from_dict(figures["before"]),
@@ -140,6 +145,7 @@ def write_artifact(
         "schema_version": SCHEMA_VERSION,
         "files": {name: {"sha256": _sha256(data), "bytes": len(data)} for name, data in contents.items()},
         "signature": model.signature.to_dict(),
+        "runtime": model.runtime,
     }
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
     try:

@@ -74,6 +74,12 @@ def open_ledger(pl_module: Any, trainer: Any) -> Ledger:
     return ledger
 
 
+def ledger_of(pl_module: Any) -> Ledger:
+    """Return the ledger of a module, which was opened for it."""
+    ledger: Ledger = pl_module.__dict__[_LEDGER]
+    return ledger
+
+
 def close_ledger(pl_module: Any) -> None:
     """Leave the hooks as they were once nobody needs them; the ledger stays with the module."""
     ledger = pl_module.__dict__.get(_LEDGER)

@@ -22,7 +22,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, open_ledger
+from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, ledger_of, open_ledger
 from lightning_optcore.compression.schedule import Schedule, cubic
 from lightning_optcore.recipe import Step, register_step
 
@@ -322,8 +322,7 @@ class MagnitudePruning(Callback):
         self._progress = progress
         self._keep(trainer, pl_module)
         self.sparsity = sparsity(weights)
-        ledger = open_ledger(pl_module, trainer)
-        close_ledger(pl_module)
+        ledger = ledger_of(pl_module)
         self._key = self._key or free_key(ledger, STEP)
         parameters = {"target_sparsity": self.target_sparsity, "pattern": self.pattern, "scope": self.scope}
         ledger.record(self._key, Step(STEP, {**parameters, "sparsity": self.sparsity}))

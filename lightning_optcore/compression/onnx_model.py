@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,10 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from lightning_optcore.compression import onnx_flops
+from lightning_optcore.compression import onnx_flops, onnx_openvino
 from lightning_optcore.measurement.inputs import Inputs
+
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -97,21 +99,35 @@ class OnnxModel:
     Args:
         content: The serialised model.
         signature: How it is called.
-        num_threads: Intra-op threads of ONNX Runtime; ``None`` leaves its default (all cores).
+        num_threads: Intra-op threads; ``None`` leaves the runtime's default (all cores).
+        runtime: ``"onnxruntime"`` or ``"openvino"``: what runs it.
     """
 
-    def __init__(self, content: bytes, signature: Signature, *, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        content: bytes,
+        signature: Signature,
+        *,
+        num_threads: int | None = None,
+        runtime: str = "onnxruntime",
+    ) -> None:
+        if runtime not in RUNTIMES:
+            raise ValueError(f"runtime={runtime!r}: expected one of {', '.join(RUNTIMES)}")
         self.content = content
         self.signature = signature
         self.num_threads = num_threads
+        self.runtime = runtime
 
     @cached_property
-    def _session(self) -> ort.InferenceSession:
-        return new_session(self.content, self.num_threads)
+    def _run(self) -> Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]:
+        if self.runtime == "openvino":
+            return onnx_openvino.open_model(self.content, self.num_threads)
+        session = new_session(self.content, self.num_threads)
+        return lambda feeds: session.run(None, feeds)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the session, which cannot be copied; it is opened again where it is needed."""
-        return {key: value for key, value in self.__dict__.items() if key != "_session"}
+        """Leave out the open model, which cannot be copied; it is opened again where it is needed."""
+        return {key: value for key, value in self.__dict__.items() if key != "_run"}
 
     @cached_property
     def proto(self) -> onnx.ModelProto:
@@ -131,7 +147,7 @@ class OnnxModel:
             ValueError: If the arguments differ from the exported module's in name or structure.
         """
         feeds, as_torch = self._feeds(args, kwargs)
-        outputs = iter(self._session.run(None, feeds))
+        outputs = iter(self._run(feeds))
         return _rebuild(self.signature.output, outputs, as_torch)
 
     @property
@@ -155,7 +171,7 @@ class OnnxModel:
 
     def runner(self, num_threads: int) -> OnnxModel:
         """Return the same model in a session of its own with ``num_threads`` intra-op threads."""
-        return OnnxModel(self.content, self.signature, num_threads=num_threads)
+        return OnnxModel(self.content, self.signature, num_threads=num_threads, runtime=self.runtime)
 
     def example_inputs(self) -> Inputs:
         """Return inputs of the recorded shapes, drawn evenly from the recorded range of values."""

@@ -27,6 +27,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from lightning_optcore.compression.export import stripped
 from lightning_optcore.compression.onnx_embeddings import embedding_nodes, with_int4_embeddings
 from lightning_optcore.compression.onnx_model import OnnxModel
+from lightning_optcore.compression.onnx_openvino import quantized_by_nncf
 from lightning_optcore.compression.onnx_smoothing import smoothed
 from lightning_optcore.compression.onnx_weight_only import with_int4_weights
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
@@ -78,6 +79,13 @@ class Widths:
     weight_bits: int = 8
     embedding_bits: int = 8
     reduce_range: bool = True
+
+
+def quantized_for_openvino(model: OnnxModel, calibration: Sequence[Inputs], excluded: Sequence[str] = ()) -> OnnxModel:
+    """Quantize a prepared model with NNCF, to be run by OpenVINO; arguments as in :func:`quantized`."""
+    with _quiet(), _reported("NNCF"):
+        made = quantized_by_nncf(model.proto, [model.feeds(batch) for batch in calibration], excluded)
+        return OnnxModel(stripped(made), model.signature, runtime="openvino")
 
 
 def quantized(

@@ -6,6 +6,7 @@ Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv:1712.05877).
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ from lightning_optcore.recipe import register_step
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "openvino")
 SCHEMES = ("auto", "static", "dynamic")
 WEIGHT_BITS = (8, 4)
 EMBEDDING_BITS = (8, 4)
@@ -89,19 +90,27 @@ class QuantizedModel:
 
     def excluding(self, nodes: Sequence[str]) -> QuantizedModel:
         """Return the same with some more nodes left in fp32."""
-        scheme = _concrete(self.parameters.scheme)
         excluded = [*self.parameters.excluded_nodes, *nodes]
-        model = onnx_quantization.quantized(
-            self.prepared, scheme, self.calibration, excluded=excluded, widths=self.parameters.widths
-        )
-        parameters = replace(self.parameters, excluded_nodes=excluded)
-        return QuantizedModel(model, parameters, self.prepared, self.calibration)
+        return _quantized(self.prepared, self.calibration, replace(self.parameters, excluded_nodes=excluded))
 
     def most_sensitive_nodes(self) -> list[str]:
         """Return the names of the quantized nodes, the most harmful first."""
         scheme = _concrete(self.parameters.scheme)
         nodes = onnx_quantization.sensitivity(self.prepared, scheme, self.calibration, self.prepared)
         return [node for node in nodes if node not in self.parameters.excluded_nodes]
+
+
+def _quantized(
+    prepared: OnnxModel, calibration: tuple[Inputs, ...], parameters: PostTrainingQuantizationParameters
+) -> QuantizedModel:
+    excluded = parameters.excluded_nodes
+    if parameters.backend == "openvino":
+        model = onnx_quantization.quantized_for_openvino(prepared, calibration, excluded)
+    else:
+        model = onnx_quantization.quantized(
+            prepared, _concrete(parameters.scheme), calibration, excluded=excluded, widths=parameters.widths
+        )
+    return QuantizedModel(model, parameters, prepared, calibration)
 
 
 def post_training_quantize(
@@ -119,7 +128,7 @@ def post_training_quantize(
     Args:
         module: Any module, on the CPU; left as it was.
         calibration_inputs: Batches of what ``forward`` takes (tensor, tuple or dict of keyword arguments).
-        backend: ``"onnxruntime"``.
+        backend: ``"onnxruntime"``; or ``"openvino"``: NNCF quantizes (static, 8 bits), OpenVINO runs it (extra).
         scheme: ``"static"`` fixes the ranges of activations from the calibration batches: right for
             convolutions. ``"dynamic"`` takes them at run time: right for transformers and recurrent
             nets. ``"auto"`` makes both, and a static one with convolutions of few input channels in fp32
@@ -150,19 +159,20 @@ def post_training_quantize(
     exported = export_onnx(module, batches[0])
     prepared = onnx_quantization.prepared(exported)
 
-    def make(scheme: onnx_quantization.Scheme) -> QuantizedModel:
+    def make(scheme: str) -> QuantizedModel:
         parameters = PostTrainingQuantizationParameters(backend, scheme, weight_bits, embedding_bits, reduce_range)
-        model = onnx_quantization.quantized(prepared, scheme, batches, widths=parameters.widths)
-        return QuantizedModel(model, parameters, prepared, batches)
+        return _quantized(prepared, batches, parameters)
 
+    if backend == "openvino":
+        return make("static")
     if weight_bits == 4:
         return make("dynamic")
     if scheme != "auto":
-        return make(_concrete(scheme))
+        return make(scheme)
     candidates, reasons = [], []
     for concrete in ("static", "dynamic"):
         try:
-            candidates.append(make(_concrete(concrete)))
+            candidates.append(make(concrete))
         except QuantizationError as error:
             reasons.append(str(error))
     if not candidates:
@@ -207,6 +217,11 @@ def _check_options(backend: str, scheme: str, weight_bits: int, embedding_bits: 
         if value not in allowed:
             expected = ", ".join(map(str, allowed))
             raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected one of {expected}")
+    if backend == "openvino" and (scheme == "dynamic" or weight_bits != 8 or embedding_bits != 8):
+        raise MisconfigurationException(
+            f"{STEP}.backend='openvino': has scheme static with 8 bits alone, not scheme={scheme!r}, "
+            f"weight_bits={weight_bits}, embedding_bits={embedding_bits}"
+        )
     if weight_bits == 4 and scheme == "static":
         raise MisconfigurationException(f"{STEP}.scheme='static': weight_bits=4 leaves activations in floating point")
 
@@ -224,7 +239,7 @@ class PostTrainingQuantization(Callback):
     and in ``error``; the fit succeeds.
 
     Args:
-        backend: ``"onnxruntime"``.
+        backend: ``"onnxruntime"`` or ``"openvino"``, as in :func:`post_training_quantize`.
         scheme: ``"auto"``, ``"static"`` or ``"dynamic"``, as in :func:`post_training_quantize`.
         weight_bits: 8 or 4, as in :func:`post_training_quantize`.
         embedding_bits: 8 or 4.
@@ -255,7 +270,7 @@ class PostTrainingQuantization(Callback):
         >>> trainer = Trainer(callbacks=[PostTrainingQuantization(max_quality_drop=0.005)], logger=False)
     """
 
-    # Callbacks before it choose by what is fast there.
+    # Callbacks before it choose by what is fast there; OpenVINO's layers are taken to be like ONNX Runtime's.
     deploys_to = "onnxruntime-int8"
 
     def __init__(
@@ -276,6 +291,8 @@ class PostTrainingQuantization(Callback):
     ) -> None:
         super().__init__()
         _check_options(backend, scheme, weight_bits, embedding_bits)
+        if backend == "openvino":
+            _check_installed("nncf", "openvino")
         _check_drop(max_quality_drop)
         if mode not in (None, "min", "max"):
             raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
@@ -514,6 +531,14 @@ def _require_int8(result: QuantizedModel) -> None:
         )
     if small < 0.5 * whole:
         rank_zero_warn(f"{STEP}: {whole - small:,} of {whole:,} bytes of weights are of layers that have no int8 form")
+
+
+def _check_installed(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MisconfigurationException(
+            f"{STEP}.backend='openvino': needs {' and '.join(missing)}: pip install \"lightning-optcore[openvino]\""
+        )
 
 
 def _check_drop(value: Any) -> None:

@@ -1,38 +1,44 @@
-"""Structured pruning: channels, neurons and heads are removed for real, chosen by what they cost where they will run.
-
-Criteria: ``reconstruction`` as in ``reconstruction.py``; ``l2`` sums squared weights (Li et al., ICLR 2017,
-arXiv:1608.08710); ``taylor`` estimates the change of the loss, (gradient x weight)^2 per weight (Molchanov et al., CVPR
-2019, arXiv:1906.10771, equation 8).
-"""
+"""Structured pruning: channels, neurons and heads are removed for real, during a fit or from a plain module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_optcore.compression.attention import allow_missing_heads
+from lightning_optcore.compression.channel_choice import (
+    CRITERIA,
+    STEP,
+    Criterion,
+    Targets,
+    check_fractions,
+    check_targets,
+    choose_channels,
+    fewest_units,
+    fractions_left,
+    rankings_of,
+    saliency_of,
+    units_kept,
+    whole_costs,
+)
 from lightning_optcore.compression.channel_costs import ChannelCosts
 from lightning_optcore.compression.channel_groups import (
     ChannelGroups,
-    Ranking,
     apply_cut,
     find_channel_groups,
     plan_cut,
-    rank_by_saliency,
 )
-from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, open_ledger
+from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, ledger_of, open_ledger
 from lightning_optcore.compression.layer_latency import LayerLatency
-from lightning_optcore.compression.reconstruction import compensate, rank_by_reconstruction
-from lightning_optcore.compression.schedule import Schedule, cubic
+from lightning_optcore.compression.reconstruction import compensate
+from lightning_optcore.compression.schedule import Schedule
 from lightning_optcore.compression.structure import Structure, resize
 from lightning_optcore.compression.training_state import (
     all_finite,
@@ -45,14 +51,8 @@ from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodu
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.recipe import Step, register_step
 
-STEP = "structured_pruning"
-CRITERIA = ("reconstruction", "taylor", "l2", "random")
-Criterion = Callable[[str, Tensor, "Tensor | None"], Tensor]
-
 # Steps of training whose gradients are averaged before a decision.
 _GRADIENT_STEPS = 10
-# No layer is cut below this share of its channels.
-_FLOOR = 0.125
 _COMPENSATION_SAMPLES = 128
 
 
@@ -78,29 +78,6 @@ def _rebuild(module: nn.Module, parameters: StructuredPruningParameters) -> nn.M
         allow_missing_heads(module.get_submodule(name))
     resize(module, Structure(parameters.shapes, parameters.sizes))
     return module
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What is to be left of the original, as fractions; ``None`` sets no bound.
-
-    Args:
-        flops: Of the FLOPs (and MACs).
-        params: Of the parameters.
-        latency: Of the summed latency of the layers.
-    """
-
-    flops: float | None = None
-    params: float | None = None
-    latency: float | None = None
-
-    def given(self) -> dict[str, float]:
-        """Return the targets that are set."""
-        return {name: value for name, value in vars(self).items() if value is not None}
-
-    def at(self, progress: float) -> Targets:
-        """Return the targets of the cubic schedule at a progress from 0 to 1."""
-        return Targets(**{name: 1 - (1 - value) * cubic(progress) for name, value in self.given().items()})
 
 
 @dataclass(frozen=True)
@@ -162,7 +139,7 @@ def prune_channels(
         32
     """
     targets = Targets(target_flops, target_params, target_latency)
-    _check_targets(targets)
+    check_targets(targets)
     if target_latency is not None and latency is None:
         latency = LayerLatency()
     before = Structure.of(module)
@@ -172,173 +149,16 @@ def prune_channels(
         name: saliency_of(criterion, name, parameter.detach(), parameter.grad)
         for name, parameter in module.named_parameters()
     }
-    rankings = _rankings(criterion, module, Inputs.of(example_inputs), found, saliency)
+    rankings = rankings_of(criterion, module, Inputs.of(example_inputs), found, saliency)
     removed = choose_channels(found, costs, rankings, targets)
     cut = plan_cut(module, example_inputs, removed, found)
     if compensated:
         compensate(module, Inputs.of(example_inputs), removed, found)
     apply_cut(module, cut)
-    kept = _kept(found, removed)
+    kept = units_kept(found, removed)
     change = before.changed_to(Structure.of(module)).only(cut.change.sizes)
     step = _step(targets, criterion, change, cut.attention)
-    return Pruning(step, removed, _left(costs, kept, _original(costs)), found.skipped)
-
-
-def _rankings(
-    criterion: str | Criterion, module: nn.Module, inputs: Inputs, found: ChannelGroups, saliency: Mapping[str, Tensor]
-) -> dict[str, Ranking]:
-    rankings = rank_by_saliency(found, saliency, normalised=criterion != "taylor")
-    if criterion == "reconstruction":
-        rankings.update(rank_by_reconstruction(module, inputs, found))
-    return rankings
-
-
-def saliency_of(criterion: str | Criterion, name: str, weight: Tensor, gradient: Tensor | None) -> Tensor:
-    """Return how much each weight matters."""
-    if callable(criterion):
-        return criterion(name, weight, gradient)
-    if criterion in ("l2", "reconstruction"):
-        return weight.square()
-    if criterion == "random":
-        generator = torch.Generator().manual_seed(sum(name.encode()))
-        return torch.rand(weight.shape, generator=generator)
-    if gradient is None:
-        return torch.zeros_like(weight)
-    return (weight * gradient).square()
-
-
-def choose_channels(
-    found: ChannelGroups,
-    costs: ChannelCosts,
-    rankings: Mapping[str, Ranking],
-    targets: Targets,
-    *,
-    original: Mapping[str, float] | None = None,
-    floors: Mapping[str, int] | None = None,
-) -> dict[str, list[int]]:
-    """Choose the units to remove: the least loss per saved cost first, until every target is met.
-
-    Args:
-        found: The groups.
-        costs: What the network costs.
-        rankings: The order of removal in each group, with the loss.
-        targets: What to leave of the original.
-        original: Costs of the original where ``found`` is of a network that was pruned before.
-        floors: Fewest units that a group keeps.
-
-    Raises:
-        MisconfigurationException: If the targets cannot be reached.
-    """
-    original = dict(original) if original is not None else _original(costs)
-    kept = costs.whole
-    least = {name: max(1, ceil(_FLOOR * units)) for name, units in kept.items()}
-    least.update({name: floor for name, floor in (floors or {}).items() if name in least})
-
-    def unmet() -> list[str]:
-        return [
-            name for name, value in targets.given().items() if _cost(costs, name, kept) > value * original[name] + 1e-9
-        ]
-
-    def loss(name: str, count: int) -> float:
-        return rankings[name].lost[count - 1] if count else 0.0
-
-    while names := unmet():
-        best: tuple[float, str, int] | None = None
-        for group, present in kept.items():
-            units = found.groups[group].units
-            stride = _stride(units)
-            for strides in (1, 2, 4):
-                after = (present - 1) // stride * stride - (strides - 1) * stride if stride > 1 else present - strides
-                if after < least[group]:
-                    continue
-                trial = {**kept, group: after}
-                saved = sum(_saving(costs, name, group, kept, trial) / original[name] for name in names)
-                if "latency" in original and "latency" not in names:
-                    saved += _saving(costs, "latency", group, kept, trial) / original["latency"]
-                if saved <= 0:
-                    continue
-                price = (loss(group, units - after) - loss(group, units - present)) / saved
-                if best is None or price < best[0]:
-                    best = (price, group, after)
-        if best is None:
-            raise MisconfigurationException(_unreachable(targets, costs, kept, original))
-        kept[best[1]] = best[2]
-    while regained := _worth_giving_back(found, kept, loss, unmet):
-        kept[regained] += _stride(found.groups[regained].units)
-    return {
-        name: sorted(rankings[name].order[: found.groups[name].units - count])
-        for name, count in kept.items()
-        if count < found.groups[name].units
-    }
-
-
-def _worth_giving_back(
-    found: ChannelGroups, kept: dict[str, int], loss: Callable[[str, int], float], unmet: Callable[[], list[str]]
-) -> str | None:
-    """Return the group that gains most from some of its units back without a target being missed."""
-    gains: dict[str, float] = {}
-    for group, present in list(kept.items()):
-        units, stride = found.groups[group].units, _stride(found.groups[group].units)
-        if present + stride > units:
-            continue
-        kept[group] = present + stride
-        if not unmet():
-            gains[group] = loss(group, units - present) - loss(group, units - present - stride)
-        kept[group] = present
-    return max(gains, key=lambda name: gains[name], default=None)
-
-
-def _stride(units: int) -> int:
-    """Remove channels in multiples that vector instructions like, single ones where there are few."""
-    return 8 if units >= 64 else 4 if units >= 32 else 1
-
-
-def _cost(costs: ChannelCosts, name: str, kept: Mapping[str, int]) -> float:
-    return float(getattr(costs, name)(kept))
-
-
-def _saving(costs: ChannelCosts, name: str, group: str, kept: Mapping[str, int], trial: Mapping[str, int]) -> float:
-    if name == "latency":
-        return costs.latency_of(group, kept) - costs.latency_of(group, trial)
-    return _cost(costs, name, kept) - _cost(costs, name, trial)
-
-
-def _original(costs: ChannelCosts) -> dict[str, float]:
-    names = ("flops", "params", "latency") if costs.timed else ("flops", "params")
-    return {name: _cost(costs, name, costs.whole) for name in names}
-
-
-def _left(costs: ChannelCosts, kept: Mapping[str, int], original: Mapping[str, float]) -> dict[str, float]:
-    return {name: _cost(costs, name, kept) / value for name, value in original.items() if value}
-
-
-def _kept(found: ChannelGroups, removed: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    return {name: group.units - len(removed.get(name, ())) for name, group in found.groups.items()}
-
-
-def _unreachable(targets: Targets, costs: ChannelCosts, kept: Mapping[str, int], original: Mapping[str, float]) -> str:
-    left = _left(costs, kept, original)
-    short = {name: value for name, value in targets.given().items() if left[name] > value}
-    asked = ", ".join(f"target_{name}={value}" for name, value in short.items())
-    floor = ", ".join(f"{left[name]:.3f} of the {name}" for name in short)
-    holders = ", ".join(f"{name} ({share:.0%})" for name, share in costs.shares(kept)[:4])
-    return f"{STEP}.{asked} cannot be reached: at least {floor} stay, most of it in {holders}"
-
-
-def _check_targets(targets: Targets) -> None:
-    if not targets.given():
-        raise MisconfigurationException(
-            f"{STEP}: give target_flops, target_params or target_latency, e.g. target_flops=0.5"
-        )
-    _check_fractions(targets)
-
-
-def _check_fractions(targets: Targets) -> None:
-    for name, value in targets.given().items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise MisconfigurationException(
-                f"{STEP}.target_{name}={value!r}: expected the fraction of the original to leave, above 0, at most 1"
-            )
+    return Pruning(step, removed, fractions_left(costs, kept, whole_costs(costs)), found.skipped)
 
 
 def _step(targets: Targets, criterion: str | Criterion, change: Structure, attention: Sequence[str]) -> Step:
@@ -404,7 +224,7 @@ class StructuredPruning(Callback):
     ) -> None:
         super().__init__()
         self.targets = Targets(target_flops, target_params, target_latency)
-        _check_fractions(self.targets)
+        check_fractions(self.targets)
         if not callable(criterion) and criterion not in CRITERIA:
             expected = ", ".join(CRITERIA)
             raise MisconfigurationException(f"{STEP}.criterion={criterion!r}: expected one of {expected}")
@@ -423,7 +243,7 @@ class StructuredPruning(Callback):
         self._key: str | None = None
         self._batch = 0
         self._progress = 0.0
-        self._original: dict[str, float] = {}
+        self.whole_costs: dict[str, float] = {}
         self._floors: dict[str, int] = {}
         self._saliency: dict[str, Tensor] = {}
         self._recorder: ForwardRecorder | None = None
@@ -438,7 +258,7 @@ class StructuredPruning(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Begin to keep the recipe in checkpoints."""
-        _check_targets(self.targets)
+        check_targets(self.targets)
         self._open(trainer, pl_module)
 
     def _open(self, trainer: Any, pl_module: Any) -> None:
@@ -455,8 +275,7 @@ class StructuredPruning(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Learn from the first batch what the module is called with."""
-        ledger = open_ledger(pl_module, trainer)
-        close_ledger(pl_module)
+        ledger = ledger_of(pl_module)
         if self._key is None:
             self._key = free_key(ledger, STEP)
         self._recorder = ForwardRecorder(pl_module, max_samples=1)
@@ -520,7 +339,7 @@ class StructuredPruning(Callback):
             "key": self._key,
             "batch": self._batch,
             "progress": self._progress,
-            "original": dict(self._original),
+            "original": dict(self.whole_costs),
             "floors": dict(self._floors),
             "saliency": dict(self._saliency),
             "left": dict(self.left),
@@ -534,7 +353,7 @@ class StructuredPruning(Callback):
         self._key = state_dict["key"]
         self._batch = state_dict["batch"]
         self._progress = state_dict["progress"]
-        self._original = dict(state_dict["original"])
+        self.whole_costs = dict(state_dict["original"])
         self._floors = dict(state_dict["floors"])
         self._saliency = dict(state_dict["saliency"])
         self.left = dict(state_dict["left"])
@@ -557,8 +376,7 @@ class StructuredPruning(Callback):
         removed = trainer.strategy.broadcast(
             self._chosen(trainer, target, prefix, inputs, found, progress) if trainer.is_global_zero else None, src=0
         )
-        ledger = open_ledger(pl_module, trainer)
-        close_ledger(pl_module)
+        ledger = ledger_of(pl_module)
         cut = plan_cut(target, inputs, removed, found)
         if self.compensated:
             compensate(target, self._same_on_all_ranks(trainer, inputs).to(pl_module.device), removed, found)
@@ -607,20 +425,20 @@ class StructuredPruning(Callback):
             costs = ChannelCosts(target, inputs.to("cpu"), found, latency)
         finally:
             target.to(device)
-        self._original = self._original or _original(costs)
+        self.whole_costs = self.whole_costs or whole_costs(costs)
         if not self._floors:
-            self._floors = {name: max(1, ceil(_FLOOR * group.units)) for name, group in found.groups.items()}
+            self._floors = {name: fewest_units(group.units) for name, group in found.groups.items()}
         saliency = {key.removeprefix(prefix): value for key, value in self._saliency.items() if key.startswith(prefix)}
         if not saliency:
             saliency = {
                 key: saliency_of(self.criterion, key, parameter.detach(), parameter.grad)
                 for key, parameter in target.named_parameters()
             }
-        rankings = _rankings(self.criterion, target, inputs.to(device), found, saliency)
+        rankings = rankings_of(self.criterion, target, inputs.to(device), found, saliency)
         removed = choose_channels(
-            found, costs, rankings, self.targets.at(progress), original=self._original, floors=self._floors
+            found, costs, rankings, self.targets.at(progress), original=self.whole_costs, floors=self._floors
         )
-        self.left = _left(costs, _kept(found, removed), self._original)
+        self.left = fractions_left(costs, units_kept(found, removed), self.whole_costs)
         latency.save()
         return removed
 

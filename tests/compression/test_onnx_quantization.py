@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -7,12 +9,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nets import TOKENS, Encoder
 from torch import nn
 
+from lightning_optcore import load_artifact
+from lightning_optcore.callbacks import PostTrainingQuantization
 from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.onnx_embeddings import embedding_nodes, with_int4_embeddings
 from lightning_optcore.compression.onnx_quantization import cosine_similarity, prepared
 from lightning_optcore.compression.onnx_smoothing import smoothed
 from lightning_optcore.compression.quantization import post_training_quantize
+from lightning_optcore.data import Digits
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.models import CNN
 
 
 class Table(nn.Module):
@@ -116,3 +122,35 @@ def test_an_encoder_layer_in_eight_bits():
 def test_wrong_widths_are_named(options, message):
     with pytest.raises(MisconfigurationException, match=message):
         post_training_quantize(Table(), [INPUTS], **options)
+
+
+def test_the_openvino_backend_makes_an_artifact_of_its_own(make_trainer, tmp_path):
+    callback = PostTrainingQuantization(backend="openvino", rounds=2, max_quality_drop=0.1, monitor="val/acc")
+    torch.manual_seed(0)
+    make_trainer(callback, max_epochs=3).fit(CNN(width=16, depth=1), Digits())
+    assert callback.error is None
+    assert callback.after.size_bytes < 0.6 * callback.before.size_bytes
+    artifact = load_artifact(tmp_path / "artifact", num_threads=1)
+    assert artifact.model.runtime == "openvino"
+    images = torch.rand(3, 1, 8, 8)
+    first = artifact(images)
+    kept = first.clone()
+    artifact(torch.rand(3, 1, 8, 8))
+    assert torch.equal(first, kept), "a result is not overwritten by the next call"
+    assert cosine_similarity(callback.artifact(images), first) > 0.999
+
+
+def test_layers_can_stay_in_fp32_with_openvino():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    result = post_training_quantize(net, [torch.randn(16, 1, 8, 8)], backend="openvino")
+    fewer = result.excluding(result.most_sensitive_nodes()[:1])
+    assert operators(fewer.model).count("DequantizeLinear") < operators(result.model).count("DequantizeLinear")
+
+
+def test_a_missing_openvino_names_the_extra(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "nncf" else find(name, *a))
+    with pytest.raises(MisconfigurationException, match=r"needs nncf: pip install .lightning-optcore\[openvino\]"):
+        PostTrainingQuantization(backend="openvino")
+    with pytest.raises(MisconfigurationException, match="backend='openvino': has scheme static with 8 bits alone"):
+        PostTrainingQuantization(backend="openvino", weight_bits=4)

@@ -250,7 +250,7 @@ def test_a_metric_that_was_never_logged_is_named(make_trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorrt"}, "backend='tensorrt': expected one of onnxruntime"),
+        ({"backend": "tensorrt"}, "backend='tensorrt': expected one of onnxruntime, openvino"),
         ({"scheme": "int8"}, "scheme='int8': expected one of auto, static, dynamic"),
         ({"weight_bits": 3}, "weight_bits=3: expected one of 8, 4"),
         ({"max_quality_drop": -0.1}, "max_quality_drop=-0.1"),

@@ -1,0 +1,73 @@
+"""The backend ``openvino``: NNCF quantizes the ONNX graph, OpenVINO runs it. Extra: ``openvino``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+
+
+def open_model(content: bytes, num_threads: int | None) -> Run:
+    """Compile a serialised ONNX model for the CPU and return a function from its inputs to its outputs.
+
+    Raises:
+        ModuleNotFoundError: If OpenVINO is not installed; the message names the extra.
+    """
+    openvino = _required("openvino")
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if num_threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = num_threads
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(content), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        results = request.infer(dict(feeds))
+        # The request owns its buffers and writes them again at the next call.
+        return [np.array(results[output]) for output in compiled.outputs]
+
+    return run
+
+
+def quantized_by_nncf(
+    proto: onnx.ModelProto, feeds: Sequence[Mapping[str, np.ndarray]], excluded: Sequence[str]
+) -> onnx.ModelProto:
+    """Quantize weights and activations to 8 bits with NNCF, with its bias correction.
+
+    Args:
+        proto: A model in floating point.
+        feeds: What the graph is fed with, batch by batch.
+        excluded: Names of nodes that stay in fp32.
+
+    Raises:
+        ModuleNotFoundError: If NNCF is not installed; the message names the extra.
+    """
+    nncf = _required("nncf")
+    scope = nncf.IgnoredScope(names=list(excluded)) if excluded else None
+    level = logging.getLogger("nncf").level
+    nncf.set_log_level(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            made: onnx.ModelProto = nncf.quantize(proto, nncf.Dataset(list(feeds)), ignored_scope=scope)
+    finally:
+        nncf.set_log_level(level or logging.INFO)
+    return made
+
+
+def _required(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'backend=openvino needs {name}: pip install "lightning-optcore[openvino]"'
+        ) from error
