@@ -133,6 +133,7 @@ def prune_channels(
         ValueError: If the module cannot be traced.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> pruning = prune_channels(net, torch.randn(8, 16), target_params=0.51)
         >>> net[0].out_features

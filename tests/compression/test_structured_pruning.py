@@ -81,6 +81,7 @@ def test_a_target_by_latency_uses_the_backends_table():
 def test_timed_layers_are_kept_in_the_store(tmp_path, monkeypatch):
     store = tmp_path / "optcore.db"
     first = LayerLatency("torch", batch_sizes=(1,), store=store)
+    torch.manual_seed(0)
     prune_channels(MLP(width=512, depth=2), torch.randn(2, 64), target_latency=0.8, latency=first)
     first.save()
 
@@ -89,6 +90,7 @@ def test_timed_layers_are_kept_in_the_store(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lightning_optcore.compression.layer_latency.fastest_burst", fail)
     again = LayerLatency("torch", batch_sizes=(1,), store=store)
+    torch.manual_seed(0)
     prune_channels(MLP(width=512, depth=2), torch.randn(2, 64), target_latency=0.8, latency=again)
 
 
