@@ -329,6 +329,11 @@ class PostTrainingQuantization(Callback):
         """Check that there is a place for the artifact before anything is trained for it."""
         folder = Path(self.output_dir or trainer.default_root_dir)
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        others = [c for c in trainer.callbacks if isinstance(c, PostTrainingQuantization) and c is not self]
+        if any(other.output_dir == self.output_dir for other in others):
+            raise MisconfigurationException(
+                f"{STEP}.output_dir={self.output_dir}: two callbacks quantize into one folder; give each its own"
+            )
         if stage == "fit" and (not there.is_dir() or not os.access(there, os.W_OK | os.X_OK)):
             raise MisconfigurationException(
                 f"{STEP}.output_dir={self.output_dir}: {there} is no folder that can be written; name another"

@@ -251,6 +251,8 @@ class StructuredPruning(Callback):
         self._target: str | None = None
         self._inputs: Inputs | None = Inputs.of(example_inputs) if example_inputs is not None else None
         self._opened = False
+        # The last weights without NaN since a cut, of the present shape.
+        self._good: dict[str, Tensor] | None = None
 
     @property
     def state_key(self) -> str:
@@ -324,7 +326,23 @@ class StructuredPruning(Callback):
             rank_zero_warn(f"{STEP}: the fit ended before the last cut, which comes now without training after it")
             self._prune(trainer, pl_module, 1.0)
         if not all_finite(pl_module.parameters()):
-            rank_zero_warn(f"{STEP}: the weights are not finite after the fit; load an earlier checkpoint")
+            kept = "nothing earlier was kept" if self._good is None else "those of the last good epoch are back"
+            rank_zero_warn(f"{STEP}: the weights were not finite after the fit (NaN or infinity); {kept}")
+            if self._good is not None:
+                pl_module.load_state_dict(self._good)
+        self._good = None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the weights of a good epoch; end a fit that diverged."""
+        if self._progress == 0:
+            return
+        if all_finite(pl_module.parameters()):
+            self._keep_good(pl_module)
+        else:
+            trainer.should_stop = True
+
+    def _keep_good(self, pl_module: Any) -> None:
+        self._good = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module's hooks as they were."""
@@ -395,6 +413,8 @@ class StructuredPruning(Callback):
         change = ledger.original.changed_to(Structure.of(pl_module)).only(sized)
         ledger.record(self._key, _step(self.targets, self.criterion, change, list(dict.fromkeys(attention))))
         wrap_again(trainer.strategy)
+        if all_finite(pl_module.parameters()):
+            self._keep_good(pl_module)
         self._progress = progress
         self._saliency = {}
         if progress >= 1:

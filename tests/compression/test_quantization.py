@@ -426,3 +426,11 @@ def test_training_without_validation_reports_the_agreement(make_trainer):
         make_trainer(callback).fit(CNN(width=4, depth=1), loader)
     assert any("agreement of its outputs" in str(w.message) for w in caught)
     assert callback.before.quality == {"output_cosine": 1.0}
+
+
+def test_quantizing_twice_into_one_folder_is_refused(make_trainer, tmp_path):
+    with pytest.raises(MisconfigurationException, match="two callbacks quantize into one folder"):
+        make_trainer(quick(), quick()).fit(CNN(width=4, depth=1), Digits())
+    both = quick(scheme="static"), quick(scheme="dynamic", output_dir=str(tmp_path / "other"))
+    make_trainer(*both).fit(MLP(width=16, depth=1), Digits())
+    assert [callback.error for callback in both] == [None, None]

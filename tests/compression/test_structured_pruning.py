@@ -384,7 +384,20 @@ def test_a_layer_name_that_matches_nothing_is_named(make_trainer):
         make_trainer(callback).fit(CNN(width=4, depth=1), Digits())
 
 
-def test_training_that_diverges_is_said(make_trainer):
-    model = CNN(width=8, depth=1, lr=1e30)
-    with pytest.warns(UserWarning, match="the weights are not finite after the fit"):
-        make_trainer(StructuredPruning(target_params=0.8, criterion="l2")).fit(model, Digits())
+class Diverging(MLP):
+    """Good for an epoch, then its loss is NaN."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.current_epoch > 1 else loss
+
+
+def test_training_that_diverges_ends_with_the_last_good_weights(make_trainer):
+    model = Diverging(width=16, depth=1)
+    trainer = make_trainer(StructuredPruning(target_params=0.8, criterion="l2"), max_epochs=9)
+    with pytest.warns(UserWarning, match="not finite after the fit .* those of the last good epoch are back"):
+        trainer.fit(model, Digits())
+    assert trainer.current_epoch <= 4
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    (metrics,) = trainer.validate(model, Digits(), verbose=False)
+    assert metrics["val/acc"] > 0.5
