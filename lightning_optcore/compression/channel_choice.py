@@ -120,15 +120,12 @@ def choose_channels(
         best: tuple[float, str, int] | None = None
         for group, present in kept.items():
             units = found.groups[group].units
-            stride = _stride(units)
-            for strides in (1, 2, 4):
-                after = (present - 1) // stride * stride - (strides - 1) * stride if stride > 1 else present - strides
-                if after < least[group]:
-                    continue
+            for after in _smaller(present, _stride(units), least[group]):
                 trial = {**kept, group: after}
                 saved = sum(_saving(costs, name, group, kept, trial) / original[name] for name in names)
                 if "latency" in original and "latency" not in names:
-                    saved += _saving(costs, "latency", group, kept, trial) / original["latency"]
+                    # A bonus alone: a table that was measured is not monotone everywhere.
+                    saved += max(0.0, _saving(costs, "latency", group, kept, trial) / original["latency"])
                 if saved <= 0:
                     continue
                 price = (loss(group, units - after) - loss(group, units - present)) / saved
@@ -160,6 +157,13 @@ def _worth_giving_back(
             gains[group] = loss(group, units - present) - loss(group, units - present - stride)
         kept[group] = present
     return max(gains, key=lambda name: gains[name], default=None)
+
+
+def _smaller(present: int, stride: int, least: int) -> list[int]:
+    """Return sizes to try: some strides down, and the smallest, which is beyond any plateau of a measured table."""
+    below = (present - 1) // stride * stride
+    tried = [below - (strides - 1) * stride for strides in (1, 2, 4, 8)]
+    return sorted({*(after for after in tried if after >= least), *([least] if least < present else [])})
 
 
 def _stride(units: int) -> int:
