@@ -32,8 +32,6 @@ from lightning_optcore.models import CNN
 
 STEPS = 150
 TARGET_FLOPS = 0.46
-# Of the layers' latency in torch, for the pruned module as it is.
-TARGET_LATENCY = 0.55
 DENSE = "dense, fine-tuned alike"
 
 
@@ -52,6 +50,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--target-latency", type=float, default=0.55, help="of the layers in torch, for modules")
+    parser.add_argument("--only", help="this row and the dense one")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -62,18 +62,18 @@ def main() -> None:
     data.setup()
     results: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.seeds):
-        for name, figures in one_seed(seed, data, options.epochs, options.rounds).items():
+        for name, figures in one_seed(seed, data, options).items():
             results.setdefault(name, []).append(figures)
         print(f"seed {seed} done", flush=True)
     Console(width=150).print(_table(results))
     print("versions:", ", ".join(f"{n} {version(n)}" for n in ("torch", "lightning", "torch-pruning", "onnxruntime")))
 
 
-def one_seed(seed: int, data: FashionMNIST, epochs: int, rounds: int) -> dict[str, dict[str, float]]:
+def one_seed(seed: int, data: FashionMNIST, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return the figures of every alternative for one seed."""
     seed_everything(seed, verbose=False)
     dense = CNN()
-    _trainer(max_epochs=epochs).fit(dense, data)
+    _trainer(max_epochs=options.epochs).fit(dense, data)
     weights = {name: value.clone() for name, value in dense.state_dict().items()}
 
     def fresh() -> FineTuned:
@@ -94,23 +94,25 @@ def one_seed(seed: int, data: FashionMNIST, epochs: int, rounds: int) -> dict[st
             return quantization.artifact
 
     pruning = {"target_flops": TARGET_FLOPS}
-    fast = {**pruning, "target_latency": TARGET_LATENCY}
-    models: dict[str, Any] = {
-        DENSE: tuned(fresh()),
-        "Torch-Pruning, L2 uniform": tuned(torch_pruned(fresh(), data, "l2", global_pruning=False)),
-        "Torch-Pruning, L2 global": tuned(torch_pruned(fresh(), data, "l2", global_pruning=True)),
-        "Torch-Pruning, Taylor global": tuned(torch_pruned(fresh(), data, "taylor", global_pruning=True)),
-        "StructuredPruning": tuned(fresh(), StructuredPruning(**fast)),
-        "StructuredPruning, distilled": tuned(
+    fast = {**pruning, "target_latency": options.target_latency}
+    makers: dict[str, Callable[[], Any]] = {
+        DENSE: lambda: tuned(fresh()),
+        "Torch-Pruning, L2 uniform": lambda: tuned(torch_pruned(fresh(), data, "l2", global_pruning=False)),
+        "Torch-Pruning, L2 global": lambda: tuned(torch_pruned(fresh(), data, "l2", global_pruning=True)),
+        "Torch-Pruning, Taylor global": lambda: tuned(torch_pruned(fresh(), data, "taylor", global_pruning=True)),
+        "StructuredPruning": lambda: tuned(fresh(), StructuredPruning(**fast)),
+        "StructuredPruning, distilled": lambda: tuned(
             fresh(), KnowledgeDistillation(alpha=0.3, temperature=1.0), StructuredPruning(**fast)
         ),
-        "PostTrainingQuantization alone": compressed(),
-        "prune + distil + int8": compressed(
+        "PostTrainingQuantization alone": compressed,
+        "prune + distil + int8": lambda: compressed(
             KnowledgeDistillation(alpha=0.3, temperature=1.0), StructuredPruning(**pruning)
         ),
     }
+    wanted = makers if options.only is None else {DENSE: makers[DENSE], options.only: makers[options.only]}
+    models = {name: make() for name, make in wanted.items()}
     images = torch.cat([batch for (batch, _), _ in zip(data.train_dataloader(), range(1), strict=False)])
-    taken = measure_alternatives(models, images, batch_sizes=(1, 32), num_threads=1, rounds=rounds)
+    taken = measure_alternatives(models, images, batch_sizes=(1, 32), num_threads=1, rounds=options.rounds)
     whole = taken[DENSE]
     accuracy = {name: accuracy_of(models[DENSE], model, data) for name, model in models.items()}
     return {
