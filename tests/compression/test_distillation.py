@@ -63,10 +63,11 @@ def taught() -> MLP:
 
 
 def test_any_module_teaches(make_trainer, taught):
+    seed_everything(0, verbose=False)
     student = Noise()
-    trainer = make_trainer(KnowledgeDistillation(teacher=taught, alpha=0.9), max_epochs=6)
+    trainer = make_trainer(KnowledgeDistillation(teacher=taught, alpha=0.9), max_epochs=40)
     trainer.fit(student, Digits())
-    assert float(trainer.callback_metrics["acc"]) > 0.85
+    assert float(trainer.callback_metrics["acc"]) > 0.9
     assert student.training_step.__func__ is Noise.training_step, "the step is as it was"
     assert all(p.grad is None for p in taught.parameters())
 

@@ -406,11 +406,11 @@ class Diverging(MLP):
 
 def test_training_that_diverges_ends_with_the_last_good_weights(make_trainer):
     seed_everything(0, verbose=False)
-    model = Diverging(width=16, depth=1)
+    model = Diverging(width=128, depth=1)
     trainer = make_trainer(StructuredPruning(target_params=0.8, criterion="l2"), max_epochs=9)
     with pytest.warns(UserWarning, match="not finite after the fit .* those of the last good epoch are back"):
         trainer.fit(model, Digits())
     assert trainer.current_epoch <= 4
     assert all(torch.isfinite(p).all() for p in model.parameters())
     (metrics,) = trainer.validate(model, Digits(), verbose=False)
-    assert metrics["val/acc"] > 0.2, "trained for two epochs, not lost"
+    assert metrics["val/acc"] > 0.5, "trained for two epochs, not lost"
