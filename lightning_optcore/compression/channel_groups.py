@@ -414,22 +414,24 @@ def _drop_what_breaks(module: nn.Module, inputs: Inputs, found: ChannelGroups) -
     found.groups = {name: group for name, group in found.groups.items() if group.units > 1}
     expected = _shapes(module, inputs)
 
-    def works(names: Sequence[str]) -> bool:
+    def trouble(names: Sequence[str]) -> str | None:
         trial = _copy(module)
         try:
             apply_cut(trial, plan_cut(module, inputs, {name: [0] for name in names}, found))
-            return _shapes(trial, inputs) == expected
-        except Exception:
+            shapes = _shapes(trial, inputs)
+        except Exception as error:
             # Whatever goes wrong in the user's forward, the group is one that must stay whole.
-            return False
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None if shapes == expected else "its output has another shape"
 
-    if found.groups and not works(list(found.groups)):
-        broken = [name for name in found.groups if not works([name])]
-        for name in broken:
-            found.skipped[name] = "forward does not work with fewer of them"
-            del found.groups[name]
-        if found.groups and not works(list(found.groups)):
-            raise ValueError("the layers of this module can be pruned one by one, but not together")
+    if found.groups and trouble(list(found.groups)) is not None:
+        for name, reason in [(name, trouble([name])) for name in found.groups]:
+            if reason is not None:
+                found.skipped[name] = f"forward does not work with fewer of them ({reason})"
+                del found.groups[name]
+        reason = trouble(list(found.groups)) if found.groups else None
+        if reason is not None:
+            raise ValueError(f"the layers of this module can be pruned one by one, but not together ({reason})")
 
 
 def _shapes(module: nn.Module, inputs: Inputs) -> list[torch.Size]:

@@ -152,6 +152,38 @@ def post_training_quantize(
         >>> post_training_quantize(net, batches, scheme="static").model(batches[0]).shape
         torch.Size([32, 4])
     """
+    candidates = quantization_candidates(
+        module,
+        calibration_inputs,
+        backend=backend,
+        scheme=scheme,
+        weight_bits=weight_bits,
+        embedding_bits=embedding_bits,
+        reduce_range=reduce_range,
+    )
+    return candidates[0]
+
+
+def quantization_candidates(
+    module: nn.Module,
+    calibration_inputs: Sequence[Any],
+    *,
+    backend: str = "onnxruntime",
+    scheme: str = "auto",
+    weight_bits: int = 8,
+    embedding_bits: int = 8,
+    reduce_range: bool = True,
+) -> list[QuantizedModel]:
+    """Return every way to quantize that :func:`post_training_quantize` weighs, the one it takes first.
+
+    Arguments and errors are those of :func:`post_training_quantize`. The candidates whose outputs stay close come
+    first, the cheapest of them leading; then the others, by how close they stay.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+        >>> sorted(c.parameters.scheme for c in quantization_candidates(net, [torch.randn(32, 16)]))
+        ['dynamic', 'static']
+    """
     _check_options(backend, scheme, weight_bits, embedding_bits)
     batches = tuple(Inputs.of(batch) for batch in calibration_inputs)
     if not batches:
@@ -164,11 +196,11 @@ def post_training_quantize(
         return _quantized(prepared, batches, parameters)
 
     if backend == "openvino":
-        return make("static")
+        return [make("static")]
     if weight_bits == 4:
-        return make("dynamic")
+        return [make("dynamic")]
     if scheme != "auto":
-        return make(scheme)
+        return [make(scheme)]
     candidates, reasons = [], []
     for concrete in ("static", "dynamic"):
         try:
@@ -180,27 +212,30 @@ def post_training_quantize(
     thin = onnx_quantization.thin_convolutions(prepared)
     if thin and candidates[0].parameters.scheme == "static":
         candidates.append(candidates[0].excluding(thin))
-    return _cheapest_of(candidates, prepared)
+    return _ranked(candidates, prepared)
 
 
 def _concrete(scheme: str) -> onnx_quantization.Scheme:
     return "static" if scheme == "static" else "dynamic"
 
 
-def _cheapest_of(candidates: list[QuantizedModel], reference: OnnxModel) -> QuantizedModel:
+def _ranked(candidates: list[QuantizedModel], reference: OnnxModel) -> list[QuantizedModel]:
     probe = candidates[0].calibration[0]
     expected = probe.call(reference)
-    closeness = [onnx_quantization.cosine_similarity(expected, probe.call(c.model)) for c in candidates]
-    close = [c for c, cosine in zip(candidates, closeness, strict=True) if cosine >= _ACCEPTED_COSINE]
+    closeness = {id(c): onnx_quantization.cosine_similarity(expected, probe.call(c.model)) for c in candidates}
+    by_closeness = sorted(candidates, key=lambda c: closeness[id(c)], reverse=True)
+    close = [c for c in candidates if closeness[id(c)] >= _ACCEPTED_COSINE]
+    others = [c for c in by_closeness if closeness[id(c)] < _ACCEPTED_COSINE]
     if len(close) < 2:
-        return close[0] if close else candidates[closeness.index(max(closeness))]
+        return [*close, *others]
     costs = [float(candidate.model.size_bytes) for candidate in close]
     for size in (1, 32):
         batch = probe.resized(size)
         calls = {str(i): _call(c.model.runner(1), batch) for i, c in enumerate(close)}
         latencies = time_in_turns(calls, rounds=8)
         costs = [cost * sqrt(latencies[str(i)].p50) for i, cost in enumerate(costs)]
-    return close[costs.index(min(costs))]
+    order = sorted(range(len(close)), key=costs.__getitem__)
+    return [*(close[i] for i in order), *others]
 
 
 def _call(model: Callable[..., Any], batch: Inputs) -> Callable[[], object]:
@@ -244,7 +279,8 @@ class PostTrainingQuantization(Callback):
         weight_bits: 8 or 4, as in :func:`post_training_quantize`.
         embedding_bits: 8 or 4.
         max_quality_drop: Largest accepted loss of ``monitor``, in its own unit (0.005 is half a point of
-            accuracy). Where it is exceeded, the most sensitive layers stay in fp32, as few as will do;
+            accuracy). Where it is exceeded, ``"auto"`` takes the cheapest of its candidates that keeps within it;
+            if none does, the most sensitive layers stay in fp32, as few as will do;
             if even that is not enough, no artifact is written. ``None`` accepts any.
         output_dir: Folder of the artifact; ``<default_root_dir>/artifact`` by default.
         monitor: The metric that ``max_quality_drop`` guards; by default the one that the checkpoint
@@ -393,7 +429,7 @@ class PostTrainingQuantization(Callback):
         batches = [batch.map(_in_single_precision) for batch in batches]
         quality_before = {**validation.of_model(), OUTPUT_COSINE: 1.0}
         target = _single_precision_copy(submodule(pl_module, name))
-        result = post_training_quantize(
+        candidates = quantization_candidates(
             target,
             batches,
             backend=self.backend,
@@ -402,8 +438,8 @@ class PostTrainingQuantization(Callback):
             embedding_bits=self.embedding_bits,
             reduce_range=self.reduce_range,
         )
-        _require_int8(result)
-        result, quality_after = self._accepted(trainer, validation, name, target, result, quality_before)
+        _require_int8(candidates[0])
+        result, quality_after = self._accepted(trainer, validation, name, target, candidates, quality_before)
         if OUTPUT_COSINE not in quality_after:
             quality_before.pop(OUTPUT_COSINE)
         measurements = measure_alternatives(
@@ -451,10 +487,11 @@ class PostTrainingQuantization(Callback):
         validation: UserValidation,
         name: str,
         target: nn.Module,
-        result: QuantizedModel,
+        candidates: Sequence[QuantizedModel],
         before: dict[str, float],
     ) -> tuple[QuantizedModel, dict[str, float]]:
-        """Return a result within ``max_quality_drop``, with as few layers in fp32 as will do."""
+        """Return the cheapest candidate within ``max_quality_drop``, else one with as few layers in fp32 as will do."""
+        result = candidates[0]
         quality = self._quality_of(validation, name, target, result)
         if self.max_quality_drop is None:
             if self.monitor is not None and self.monitor not in quality:
@@ -464,6 +501,10 @@ class PostTrainingQuantization(Callback):
         drop, allowed = _drop(metric, self.mode, before, quality), self.max_quality_drop
         if drop <= allowed:
             return result, quality
+        for candidate in candidates[1:]:
+            reached = self._quality_of(validation, name, target, candidate)
+            if _drop(metric, self.mode, before, reached) <= allowed:
+                return candidate, reached
         nodes = result.most_sensitive_nodes()
         tried: dict[int, tuple[QuantizedModel, dict[str, float], float]] = {}
 

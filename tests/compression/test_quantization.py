@@ -231,6 +231,43 @@ def test_sensitive_layers_stay_in_fp32_where_quality_would_drop(make_trainer):
     assert callback.after.quality["val/acc"] >= callback.before.quality["val/acc"] - 0.01
 
 
+class Drifted(LightningModule):
+    """Validates on inputs far outside the range that training showed: fixed ranges of activations clip them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 64, bias=False), nn.ReLU(), nn.Linear(64, 4, bias=False))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        wanted = torch.relu(20 * batch[0] @ self.net[0].weight.T) @ self.net[2].weight.T
+        self.log("val/error", (self.net(20 * batch[0]) - wanted).norm() / wanted.norm())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    def train_dataloader(self):
+        torch.manual_seed(1)
+        return DataLoader(TensorDataset(torch.randn(128, 16)), batch_size=32)
+
+    val_dataloader = train_dataloader
+
+
+def test_auto_takes_the_candidate_that_keeps_within_the_bound(make_trainer):
+    fixed = quick(scheme="static")
+    make_trainer(fixed).fit(Drifted())
+    assert fixed.after.quality["val/error"] > 0.5
+    callback = quick(scheme="auto", max_quality_drop=0.1, monitor="val/error")
+    make_trainer(callback).fit(Drifted())
+    assert callback.error is None
+    step = callback.artifact.recipe.steps[0].parameters
+    assert (step["scheme"], step["excluded_nodes"]) == ("dynamic", [])
+    assert callback.after.quality["val/error"] < 0.1
+
+
 def test_a_drop_that_nothing_mends_is_refused(make_trainer, tmp_path, monkeypatch):
     callback = quick(scheme="static", max_quality_drop=0.0, monitor="val/loss", mode="max")
     monkeypatch.setattr(
