@@ -32,6 +32,8 @@ from lightning_optcore.models import CNN
 
 STEPS = 150
 TARGET_FLOPS = 0.46
+# Chosen on the validation images of two other seeds; the table's accuracy is that of the test images.
+DISTILLATION = {"alpha": 0.3, "temperature": 4.0}
 DENSE = "dense, fine-tuned alike"
 
 
@@ -48,9 +50,9 @@ def main() -> None:
     """Train, prune, fine-tune and measure for each seed; print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--target-latency", type=float, default=0.55, help="of the layers in torch, for modules")
+    parser.add_argument("--target-latency", type=float, default=0.5, help="of the layers in torch, for modules")
     parser.add_argument("--only", help="this row and the dense one")
     options = parser.parse_args()
 
@@ -102,11 +104,11 @@ def one_seed(seed: int, data: FashionMNIST, options: argparse.Namespace) -> dict
         "Torch-Pruning, Taylor global": lambda: tuned(torch_pruned(fresh(), data, "taylor", global_pruning=True)),
         "StructuredPruning": lambda: tuned(fresh(), StructuredPruning(**fast)),
         "StructuredPruning, distilled": lambda: tuned(
-            fresh(), KnowledgeDistillation(alpha=0.3, temperature=1.0), StructuredPruning(**fast)
+            fresh(), KnowledgeDistillation(**DISTILLATION), StructuredPruning(**fast)
         ),
         "PostTrainingQuantization alone": compressed,
         "prune + distil + int8": lambda: compressed(
-            KnowledgeDistillation(alpha=0.3, temperature=1.0), StructuredPruning(**pruning)
+            KnowledgeDistillation(**DISTILLATION), StructuredPruning(**pruning)
         ),
     }
     wanted = makers if options.only is None else {DENSE: makers[DENSE], options.only: makers[options.only]}

@@ -4,5 +4,12 @@ from lightning_optcore.compression.distillation import KnowledgeDistillation
 from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.structured_pruning import StructuredPruning
+from lightning_optcore.profiling.performance_profiler import PerformanceProfiler
 
-__all__ = ["KnowledgeDistillation", "MagnitudePruning", "PostTrainingQuantization", "StructuredPruning"]
+__all__ = [
+    "KnowledgeDistillation",
+    "MagnitudePruning",
+    "PerformanceProfiler",
+    "PostTrainingQuantization",
+    "StructuredPruning",
+]

@@ -1,0 +1,305 @@
+"""Exclusive time per phase, taken from the actions that Lightning's loops report to ``trainer.profiler``.
+
+Every instant belongs to exactly one phase: the innermost action that is open. Once a step, the running totals are
+packed into a buffer that was allocated at the start; nothing is analysed here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from threading import get_ident
+from time import perf_counter_ns, thread_time_ns
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
+
+from lightning_optcore.profiling.phases import DATA_WAIT, OTHER, PHASES, phase_of
+
+# Columns before the slots: time, CPU time of the training thread, CPU time of it while it waited for data.
+HEAD = 3
+# One slot for each phase, the rest for the time of single callbacks.
+NUM_SLOTS = 45
+_ROW = struct.Struct(f"{HEAD + NUM_SLOTS}q")
+_OTHER = PHASES.index(OTHER)
+
+# Actions of these modules do nothing unless they are overridden.
+_EMPTY_HOOKS = (
+    "lightning.pytorch.callbacks.callback",
+    "lightning.pytorch.core.hooks",
+    "lightning.pytorch.strategies.strategy",
+    "pytorch_lightning.callbacks.callback",
+    "pytorch_lightning.core.hooks",
+    "pytorch_lightning.strategies.strategy",
+)
+
+
+class Collector(Profiler):
+    """Stands in for the Trainer's profiler and forwards to it.
+
+    Args:
+        inner: The profiler that the user gave the Trainer.
+        resolve: Returns the object whose hook an action runs, or ``None``; the actions of hooks that nobody
+            overrode are then not timed.
+        capacity: Steps that are kept; older ones are overwritten.
+
+    Example:
+        >>> collector = Collector()
+        >>> with collector.profile("[Strategy]SingleDeviceStrategy.backward"):
+        ...     pass
+        >>> collector.seconds()["backward"] > 0
+        True
+    """
+
+    def __init__(
+        self,
+        inner: Profiler | None = None,
+        resolve: Callable[[str], Any] | None = None,
+        capacity: int = 8192,
+    ) -> None:
+        self.inner = inner if inner is not None else PassThroughProfiler()
+        self._forwards = type(self.inner).__name__ != "PassThroughProfiler"
+        self._resolve = resolve
+        self._timed: dict[str, AbstractContextManager[Any]] = {}
+        self._lookup: dict[str, AbstractContextManager[Any]] = self._timed
+        self.slots: list[tuple[str, str | None]] = [(phase, None) for phase in PHASES]
+        self.totals = [0] * NUM_SLOTS
+        self.current = _OTHER
+        self.stack: list[int] = []
+        self.last = perf_counter_ns()
+        self.thread = get_ident()
+        self.capacity = capacity
+        self.buffer = bytearray(_ROW.size * capacity)
+        self.steps = 0
+        self.data_cpu = 0
+        self._cpu_at_fetch = 0
+        super().__init__()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "inner" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def profile(self, action_name: str) -> Any:
+        """Return the context that times an action."""
+        span = self._lookup.get(action_name)
+        if span is None:
+            span = self._lookup[action_name] = self._span_of(action_name)
+        if self._forwards:
+            return _Both(self.inner.profile(action_name), span)
+        return span
+
+    def start(self, action_name: str) -> None:
+        """Open an action; one that fetches a batch begins a new step."""
+        if self._forwards:
+            self.inner.start(action_name)
+        span = self._lookup.get(action_name)
+        if span is None:
+            span = self._lookup[action_name] = self._span_of(action_name)
+        span.__enter__()
+
+    def stop(self, action_name: str) -> None:
+        """Close an action."""
+        span = self._lookup.get(action_name)
+        if span is not None:
+            span.__exit__(None, None, None)
+        if self._forwards:
+            self.inner.stop(action_name)
+
+    def span(self, phase: str, detail: str | None = None) -> _Span:
+        """Return a context whose time belongs to ``phase``."""
+        return _Span(self, self._slot(phase, detail))
+
+    def whole(self, phase: str) -> _Whole:
+        """Return a context in which no action is timed apart: all of it belongs to ``phase``."""
+        return _Whole(self, self._slot(phase, None))
+
+    def mark_step(self) -> None:
+        """Write the running totals: a step ends here and the next one begins."""
+        now = perf_counter_ns()
+        self.totals[self.current] += now - self.last
+        self.last = now
+        self._cpu_at_fetch = thread_time_ns()
+        _ROW.pack_into(
+            self.buffer,
+            (self.steps % self.capacity) * _ROW.size,
+            now,
+            self._cpu_at_fetch,
+            self.data_cpu,
+            *self.totals,
+        )
+        self.steps += 1
+
+    def rows(self) -> np.ndarray:
+        """Return the marks that are kept, oldest first: (marks, HEAD + NUM_SLOTS) nanoseconds, running totals."""
+        table = np.frombuffer(bytes(self.buffer), dtype=np.int64).reshape(self.capacity, -1)
+        if self.steps <= self.capacity:
+            return table[: self.steps]
+        return np.roll(table, -(self.steps % self.capacity), axis=0)
+
+    def snapshot(self) -> list[int]:
+        """Return the running totals of the slots at this moment, in nanoseconds."""
+        totals = list(self.totals)
+        totals[self.current] += perf_counter_ns() - self.last
+        return totals
+
+    def seconds(self, since: list[int] | None = None) -> dict[str, float]:
+        """Return seconds by phase, since a snapshot or since the beginning."""
+        return self.by_phase(self.snapshot(), since)
+
+    def by_phase(self, totals: Any, since: Any = None) -> dict[str, float]:
+        """Sum slots to seconds by phase."""
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for slot, (phase, _) in enumerate(self.slots):
+            seconds[phase] += (totals[slot] - (since[slot] if since is not None else 0)) / 1e9
+        return seconds
+
+    def by_detail(self, totals: Any, since: Any = None) -> dict[str, float]:
+        """Return seconds of the named parts, e.g. of each callback."""
+        return {
+            detail: (totals[slot] - (since[slot] if since is not None else 0)) / 1e9
+            for slot, (_, detail) in enumerate(self.slots)
+            if detail is not None
+        }
+
+    def describe(self) -> None:
+        """Let the user's profiler report."""
+        self.inner.describe()
+
+    def summary(self) -> str:
+        """Return the summary of the user's profiler."""
+        return self.inner.summary()
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """Set the user's profiler up."""
+        self.inner.setup(stage=stage, local_rank=local_rank, log_dir=log_dir)
+
+    def teardown(self, stage: str | None) -> None:
+        """Tear the user's profiler down."""
+        self.inner.teardown(stage=stage)
+
+    def __del__(self) -> None:
+        """Leave the user's profiler alone: it has its own end."""
+
+    def _slot(self, phase: str, detail: str | None) -> int:
+        if detail is None or ((phase, detail) not in self.slots and len(self.slots) == NUM_SLOTS):
+            return PHASES.index(phase)
+        if (phase, detail) not in self.slots:
+            self.slots.append((phase, detail))
+        return self.slots.index((phase, detail))
+
+    def _span_of(self, action: str) -> AbstractContextManager[Any]:
+        phase, detail = phase_of(action)
+        if self._resolve is not None and _is_empty(self._resolve(action), action.rpartition(".")[2]):
+            return _UNTIMED
+        if phase == DATA_WAIT:
+            return _Fetch(self, self._slot(phase, detail))
+        if action == "save_checkpoint":
+            return self.whole(phase)
+        return self.span(phase, detail)
+
+
+class _Span:
+    """Times what runs inside it, less what other spans inside it take."""
+
+    __slots__ = ("_collector", "_slot")
+
+    def __init__(self, collector: Collector, slot: int) -> None:
+        self._collector = collector
+        self._slot = slot
+
+    def __enter__(self) -> None:
+        now = perf_counter_ns()
+        collector = self._collector
+        current = collector.current
+        collector.totals[current] += now - collector.last
+        collector.stack.append(current)
+        collector.current = self._slot
+        collector.last = now
+
+    def __exit__(self, *_: object) -> None:
+        collector = self._collector
+        # An action that was left without being opened must not close somebody else's.
+        if collector.current == self._slot and collector.stack:
+            now = perf_counter_ns()
+            collector.totals[self._slot] += now - collector.last
+            collector.last = now
+            collector.current = collector.stack.pop()
+
+
+class _Fetch(_Span):
+    """The wait for the next batch: a step ends where it begins."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        self._collector.mark_step()
+        super().__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        collector = self._collector
+        collector.data_cpu += thread_time_ns() - collector._cpu_at_fetch
+        super().__exit__()
+
+
+class _Whole(_Span):
+    """A span that has no parts."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._collector._lookup = _NOTHING
+
+    def __exit__(self, *_: object) -> None:
+        self._collector._lookup = self._collector._timed
+        super().__exit__()
+
+
+class _Both:
+    """The user's profiler around the same action."""
+
+    __slots__ = ("_span", "_theirs")
+
+    def __init__(self, theirs: AbstractContextManager[Any], span: AbstractContextManager[Any]) -> None:
+        self._theirs = theirs
+        self._span = span
+
+    def __enter__(self) -> Any:
+        name = self._theirs.__enter__()
+        self._span.__enter__()
+        return name
+
+    def __exit__(self, *exception: Any) -> Any:
+        self._span.__exit__(*exception)
+        return self._theirs.__exit__(*exception)
+
+
+class _Untimed:
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Nothing(dict[str, Any]):
+    """Knows a context for every action, and it does nothing."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return _UNTIMED
+
+
+_UNTIMED = _Untimed()
+_NOTHING = _Nothing()
+
+
+def _is_empty(owner: Any, hook: str) -> bool:
+    if owner is None or not hook.startswith("on_") or hook in getattr(owner, "__dict__", {}):
+        return False
+    function = getattr(type(owner), hook, None)
+    return getattr(function, "__module__", None) in _EMPTY_HOOKS

@@ -1,0 +1,404 @@
+"""The callback that watches a run and says what it waits for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_optcore.profiling.audit import audit
+from lightning_optcore.profiling.diagnosis import diagnose
+from lightning_optcore.profiling.evidence import WARM_UP_STEPS, Audited, Evidence, LoaderFacts, gather
+from lightning_optcore.profiling.live import LiveLine
+from lightning_optcore.profiling.loader_clock import LoaderTimes
+from lightning_optcore.profiling.overrides import Overrides
+from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, PHASES
+from lightning_optcore.profiling.probes import Probes
+from lightning_optcore.profiling.profile_report import Finding, Phase, ProfileReport
+from lightning_optcore.profiling.recommendations import LOADER, TRAINER, RunFacts, advise
+from lightning_optcore.profiling.summary import summary_text
+from lightning_optcore.profiling.system import Sampler
+from lightning_optcore.profiling.thresholds import Thresholds
+from lightning_optcore.profiling.trace import chrome_trace
+
+log = logging.getLogger(__name__)
+
+KEY = "performance_profiler"
+MODES = ("comprehensive", "light")
+_FIRST_LOOK_STEPS, _LOOK_EVERY_SECONDS = 50, 5.0
+
+
+class PerformanceProfiler(Callback):
+    """Name the bottleneck of a run, show the evidence, and say which setting mends it.
+
+    Works with ``fit``, ``validate``, ``test`` and ``predict``, beside whatever profiler the Trainer has. What it
+    measures is the exclusive time of each phase of a step, taken where Lightning itself reports its actions, and
+    what the operating system knows of the process, its workers and the machine.
+
+    Args:
+        interval: Seconds between two samples of the system.
+        mode: ``"comprehensive"``; or ``"light"``: phases alone, without the sampler and the loader's clock.
+        thresholds: Some of :class:`~lightning_optcore.profiling.thresholds.Thresholds`, by name.
+        output_dir: Folder of ``profile.json``; that of the logger, else ``default_root_dir``, by default.
+        live: Show the step time, the largest phases and the verdict while it runs.
+        trace: Write ``profile_trace.json`` too, a Chrome trace of the last 8,192 steps.
+
+    Attributes:
+        report: The :class:`~lightning_optcore.profiling.profile_report.ProfileReport`, during the run and after it.
+
+    Raises:
+        MisconfigurationException: If an option makes no sense, or there are two of these callbacks.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PerformanceProfiler(live=False)], logger=False)
+    """
+
+    def __init__(
+        self,
+        interval: float = 0.1,
+        mode: str = "comprehensive",
+        thresholds: Mapping[str, float] | None = None,
+        output_dir: str | None = None,
+        live: bool = True,
+        trace: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(interval, bool) or not isinstance(interval, (int, float)) or not 0.01 <= interval <= 60:
+            raise MisconfigurationException(f"{KEY}.interval={interval!r}: expected seconds from 0.01 to 60")
+        if mode not in MODES:
+            raise MisconfigurationException(f"{KEY}.mode={mode!r}: expected one of {', '.join(MODES)}")
+        self.interval = interval
+        self.mode = mode
+        self.thresholds = Thresholds.of(thresholds, f"{KEY}.thresholds")
+        self.output_dir = output_dir
+        self.live = live
+        self.trace = trace
+        self.report: ProfileReport | None = None
+        self._run: _Run | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Take the place of the Trainer's profiler and begin to sample."""
+        if any(isinstance(other, PerformanceProfiler) and other is not self for other in trainer.callbacks):
+            raise MisconfigurationException(f"{KEY}: the Trainer has two of these callbacks; remove one")
+        if self._run is not None:
+            self._run.close()
+        self.report = None
+        self._run = _Run(self, trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The clock starts here: what came before happens once."""
+        self._begin()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """The clock ends here."""
+        self._end(pl_module)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """A validation on its own has its own clock."""
+        if self._run is not None and self._run.stage == "validate":
+            self._begin()
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """A validation on its own ends here."""
+        if self._run is not None and self._run.stage == "validate":
+            self._end(pl_module)
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """The clock starts."""
+        self._begin()
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """The clock ends."""
+        self._end(pl_module)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """The clock starts."""
+        self._begin()
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """The clock ends."""
+        self._end(pl_module)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Give the profiler back, and report."""
+        self._finish(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Report what was seen, whatever broke the run off."""
+        self._finish(trainer)
+
+    def _begin(self) -> None:
+        if self._run is not None:
+            self._run.begin()
+
+    def _end(self, pl_module: Any) -> None:
+        if self._run is not None:
+            self._run.end(pl_module)
+
+    def _finish(self, trainer: Any) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            self.report = run.final_report()
+        except Exception as error:
+            # The run is worth more than what can be said about it.
+            log.debug("no profile", exc_info=True)
+            rank_zero_warn(f"{KEY}: no report. {type(error).__name__}: {error}")
+        finally:
+            run.close()
+        if self.report is None or not trainer.is_global_zero:
+            return
+        self._write(trainer, run)
+        _to_loggers(trainer, self.report)
+        rank_zero_info(summary_text(self.report))
+
+    def _write(self, trainer: Any, run: _Run) -> None:
+        assert self.report is not None
+        folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+        files = {"profile.json": self.report.to_json()}
+        if self.trace:
+            files["profile_trace.json"] = chrome_trace(run.probes.collector, run.sampler.table())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                temporary = folder / f".{name}.part"
+                temporary.write_text(text)
+                temporary.replace(folder / name)
+        except OSError as error:
+            rank_zero_warn(f"{KEY}.output_dir={folder}: {error.strerror}; the report is in callback.report alone")
+
+
+class _Run:
+    """One fit, validate, test or predict under observation."""
+
+    def __init__(self, options: PerformanceProfiler, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.options = options
+        self.trainer = trainer
+        # Lightning's stage is an enumeration of texts.
+        self.stage = str(getattr(stage, "value", stage))
+        detailed = options.mode == "comprehensive"
+        self.probes = Probes(trainer, pl_module, detailed=detailed)
+        self.sampler = Sampler(options.interval, on_sample=self._on_sample)
+        self.begun: list[int] | None = None
+        self.ended: list[int] | None = None
+        self.clock = [0.0, 0.0]
+        self.before = LoaderTimes()
+        self.ranks: list[dict[str, float]] = []
+        self.notes: list[str] = []
+        self.audited: list[Audited] = []
+        self._line = LiveLine(trainer) if options.live and trainer.is_global_zero else None
+        self._looked = 0.0
+        self._lock = threading.Lock()
+        if detailed:
+            self.sampler.start()
+
+    def begin(self) -> None:
+        """Start the clock."""
+        _count_ddp_often(self.trainer)
+        self.begun, self.ended = self.probes.collector.snapshot(), None
+        self.clock[0] = perf_counter()
+        self.audited = audit(self.trainer, self.loader())
+
+    def end(self, pl_module: Any) -> None:
+        """Stop the clock, and hear of the other ranks."""
+        if self.probes.collector.steps:
+            self.probes.collector.mark_step()
+        self.ended, self.clock[1] = self.probes.collector.snapshot(), perf_counter()
+        if self.trainer.world_size > 1:
+            own = torch.tensor([self._seconds()[phase] for phase in PHASES], device=pl_module.device)
+            table = self.trainer.strategy.all_gather(own).cpu().tolist()
+            self.ranks = [dict(zip(PHASES, row, strict=True)) for row in table]
+
+    def close(self) -> None:
+        """Leave everything as it was."""
+        self.probes.remove()
+        self.sampler.close()
+        if self._line is not None:
+            self._line.close()
+
+    def loader(self) -> DataLoader[Any] | None:
+        """Return the loader that the run waits for, the first of several."""
+        return self.probes.loaders.loaders[0] if self.probes.loaders.loaders else _first_loader(self.trainer)
+
+    def final_report(self) -> ProfileReport:
+        """Look a last time."""
+        with self._lock:
+            self.sampler.stop()
+            if self.probes.collector.steps and self.begun is not None and self.ended is None:
+                self.probes.collector.mark_step()
+            return self._report()
+
+    def _report(self) -> ProfileReport:
+        evidence = self.evidence()
+        findings = diagnose(evidence, self.options.thresholds)
+        wall = (self.clock[1] if self.ended is not None else perf_counter()) - self.clock[0]
+        seconds = self._seconds()
+        total = max(sum(seconds.values()), 1e-9)
+        notes = list(self.notes)
+        if self.sampler.dropped:
+            notes.append(f"{self.sampler.dropped} samples of the system were dropped: the sampler got no core in time")
+        notes += [f"{name}: {reason}" for name, reason in self.sampler.failures.items()]
+        collector = self.probes.collector
+        return ProfileReport(
+            stage=self.stage,
+            phases={phase: Phase(spent, spent / total) for phase, spent in seconds.items()},
+            steps=max(collector.steps - 1, 0),
+            wall_seconds=wall if self.begun is not None else 0.0,
+            step_ms={"p50": evidence.step_ms, "p90": evidence.step_ms_p90},
+            findings=tuple(self._with_advice(finding, evidence) for finding in findings),
+            details=collector.by_detail(self.ended or collector.snapshot(), self.begun),
+            system=_system_figures(evidence),
+            ranks=tuple(self.ranks),
+            notes=tuple(notes),
+        )
+
+    def evidence(self) -> Evidence:
+        """Return what is known by now."""
+        loader = self.loader()
+        facts = LoaderFacts(
+            num_workers=getattr(loader, "num_workers", 0),
+            batch_size=_batch_size(loader),
+            torch_threads=torch.get_num_threads(),
+            times=self.probes.loaders.times().since(self.before),
+        )
+        evidence = gather(
+            self.probes.collector,
+            self.sampler.table(),
+            facts,
+            audit=self.audited,
+            ranks=self.ranks,
+            stage=self.stage,
+            accumulate=self.trainer.accumulate_grad_batches,
+        )
+        return _with_communication(evidence, self.trainer)
+
+    def _seconds(self) -> dict[str, float]:
+        return self.probes.collector.by_phase(self.ended or self.probes.collector.snapshot(), self.begun)
+
+    def _with_advice(self, finding: Finding, evidence: Evidence) -> Finding:
+        try:
+            advice = advise(finding, evidence, _facts(self.trainer, self.loader()))
+            overrides = Overrides(_objects(self.trainer, self.loader()))
+            return replace(finding, recommendations=tuple(overrides.recommendation(one) for one in advice))
+        except Exception as error:
+            # Advice is a service: a configuration that nobody understands must not cost the finding.
+            log.debug("no advice", exc_info=True)
+            self.notes.append(f"no advice for {finding.cause}: {type(error).__name__}: {error}")
+            return finding
+
+    def _on_sample(self) -> None:
+        """Look at what was recorded, in the sampler's thread."""
+        steps, now = self.probes.collector.steps, perf_counter()
+        if self.begun is None or self.ended is not None or steps <= WARM_UP_STEPS:
+            return
+        due = now - self._looked >= _LOOK_EVERY_SECONDS if self._looked else self._first_is_due(steps, now)
+        if not due or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._looked = now
+            self.options.report = self._report()
+            if self._line is not None:
+                self._line.show(self.options.report)
+        except Exception:
+            log.debug("no look", exc_info=True)
+        finally:
+            self._lock.release()
+
+    def _first_is_due(self, steps: int, now: float) -> bool:
+        few_seconds = now - self.clock[0] >= _LOOK_EVERY_SECONDS and steps >= self.options.thresholds.min_steps
+        return steps >= WARM_UP_STEPS + _FIRST_LOOK_STEPS // 2 + 1 or few_seconds
+
+
+def _first_loader(trainer: Any) -> DataLoader[Any] | None:
+    combined = getattr(trainer.fit_loop, "_combined_loader", None)
+    loaders = combined.flattened if combined is not None else []
+    return next((loader for loader in loaders if isinstance(loader, DataLoader)), None)
+
+
+def _batch_size(loader: Any) -> int:
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return int(size) if size else 0
+
+
+def _facts(trainer: Any, loader: Any) -> RunFacts:
+    every = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+    return RunFacts(
+        iterable=isinstance(getattr(loader, "dataset", None), IterableDataset),
+        log_every_n_steps=trainer.log_every_n_steps,
+        checkpoint_every=min((steps for steps in every if steps), default=0),
+        val_check_interval=trainer.val_check_interval,
+        check_val_every_n_epoch=trainer.check_val_every_n_epoch,
+    )
+
+
+def _objects(trainer: Any, loader: Any) -> dict[str, list[Any]]:
+    makers = [maker for maker in (trainer.datamodule, loader, trainer.lightning_module) if maker is not None]
+    callbacks: dict[str, list[Any]] = {}
+    for callback in trainer.callbacks:
+        callbacks.setdefault(type(callback).__name__, []).append(callback)
+    return {**callbacks, TRAINER: [trainer], LOADER: makers}
+
+
+def _count_ddp_often(trainer: Any) -> None:
+    """Let DDP time its communication every tenth step, not every hundredth."""
+    often = getattr(trainer.strategy.model, "_set_ddp_runtime_logging_sample_rate", None)
+    if often is not None:
+        with suppress(RuntimeError):
+            often(10)
+
+
+def _with_communication(evidence: Evidence, trainer: Any) -> Evidence:
+    """Take the communication that the backward pass does not hide, as DDP itself measures it, out of that phase."""
+    read = getattr(trainer.strategy.model, "_get_ddp_logging_data", None)
+    if read is None or not evidence.steps:
+        return evidence
+    with suppress(RuntimeError):
+        figures = read()
+        exposed = figures.get("avg_backward_comm_time", 0) - figures.get("avg_backward_compute_comm_overlap_time", 0)
+        step = evidence.seconds / evidence.steps * 1e9
+        share = min(max(exposed, 0) / step, evidence.share[BACKWARD])
+        shares = {**evidence.share, BACKWARD: evidence.share[BACKWARD] - share, COMMUNICATION: share}
+        return replace(evidence, share=shares, p50_ms={**evidence.p50_ms, COMMUNICATION: exposed / 1e6})
+    return evidence
+
+
+def _system_figures(evidence: Evidence) -> dict[str, float]:
+    cpu, memory, data = evidence.cpu, evidence.memory, evidence.data
+    return {
+        "cores": float(cpu.cores),
+        "cores_used": cpu.own,
+        "cores_used_by_others": max(cpu.machine - cpu.own, 0.0),
+        "waiting_for_a_core": cpu.waiting,
+        "memory_used": memory.used,
+        "memory_mb_per_step": memory.mb_per_step,
+        "data_demand": data.cpu,
+        "disk_mb_per_second": data.read_rate,
+        "network_mb_per_second": data.net_rate,
+        "gpu_busy_percent": cpu.gpu_busy,
+        "gpu_memory_used": memory.gpu_used,
+    }
+
+
+def _to_loggers(trainer: Any, report: ProfileReport) -> None:
+    """Write the shares to whatever loggers the Trainer has; a logger's failure is not the run's."""
+    values = {f"profile/{phase}": figures.share for phase, figures in report.phases.items()}
+    values["profile/step_ms"] = report.step_ms.get("p50", 0.0)
+    for logger in trainer.loggers:
+        try:
+            logger.log_metrics(values, step=trainer.global_step)
+        except Exception as error:
+            print(f"{KEY}: {type(logger).__name__} took no figures ({error})", file=sys.stderr)
