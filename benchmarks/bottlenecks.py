@@ -27,6 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.profilers import AdvancedProfiler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -253,7 +254,7 @@ class SlowCopy(Network):
 class ManyItems(Network):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        for _ in range(20_000):
+        for _ in range(60_000):
             loss.item()
         return loss
 
@@ -262,7 +263,8 @@ class SlowMetric(Network):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         with torch.no_grad():
-            torch.linalg.svdvals(batch[0].repeat(8, 1).T @ batch[0].repeat(8, 1))
+            for _ in range(4):
+                torch.linalg.svdvals(batch[0].T @ batch[0])
         return loss
 
 
@@ -351,8 +353,9 @@ class KeepsGraphs(Network):
         self.losses: list[Tensor] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.losses.append(super().training_step(batch, batch_idx))
-        return self.losses[-1]
+        # Nothing goes backwards through this graph, so nothing frees it.
+        self.losses.append(self.net(batch[0]).mean())
+        return super().training_step(batch, batch_idx)
 
 
 class KeepsBatches(Callback):
@@ -469,7 +472,7 @@ CASES: dict[tuple[str, str], Callable[[str], Case]] = {
     ("noisy_neighbour", "a"): lambda _: _case(around=lambda: neighbours(4)),
     ("noisy_neighbour", "b"): lambda _: _case(around=lambda: neighbours(6, numeric=True)),
     ("config", "a"): lambda _: _case(trainer={"detect_anomaly": True}),
-    ("config", "b"): lambda _: _case(trainer={"profiler": "advanced"}),
+    ("config", "b"): lambda folder: _case(trainer={"profiler": AdvancedProfiler(folder, "advanced")}),
 }
 
 

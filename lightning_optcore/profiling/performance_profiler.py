@@ -51,12 +51,14 @@ class PerformanceProfiler(Callback):
         interval: Seconds between two samples of the system.
         mode: ``"comprehensive"``; or ``"light"``: phases alone, without the sampler and the loader's clock.
         thresholds: Some of :class:`~lightning_optcore.profiling.thresholds.Thresholds`, by name.
-        output_dir: Folder of ``profile.json``; that of the logger, else ``default_root_dir``, by default.
+        output_dir: Folder of ``profile.json`` (``profile_test.json`` and so on); that of the logger, else
+            ``default_root_dir``, by default.
         live: Show the step time, the largest phases and the verdict while it runs.
         trace: Write ``profile_trace.json`` too, a Chrome trace of the last 8,192 steps.
 
     Attributes:
         report: The :class:`~lightning_optcore.profiling.profile_report.ProfileReport`, during the run and after it.
+        reports: The last report of each of ``fit``, ``validate``, ``test`` and ``predict``.
 
     Raises:
         MisconfigurationException: If an option makes no sense, or there are two of these callbacks.
@@ -87,6 +89,7 @@ class PerformanceProfiler(Callback):
         self.live = live
         self.trace = trace
         self.report: ProfileReport | None = None
+        self.reports: dict[str, ProfileReport] = {}
         self._run: _Run | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -160,7 +163,10 @@ class PerformanceProfiler(Callback):
             rank_zero_warn(f"{KEY}: no report. {type(error).__name__}: {error}")
         finally:
             run.close()
-        if self.report is None or not trainer.is_global_zero:
+        if self.report is None:
+            return
+        self.reports[run.stage] = self.report
+        if not trainer.is_global_zero:
             return
         self._write(trainer, run)
         _to_loggers(trainer, self.report)
@@ -169,15 +175,16 @@ class PerformanceProfiler(Callback):
     def _write(self, trainer: Any, run: _Run) -> None:
         assert self.report is not None
         folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
-        files = {"profile.json": self.report.to_json()}
+        name = "profile" if run.stage == "fit" else f"profile_{run.stage}"
+        files = {f"{name}.json": self.report.to_json()}
         if self.trace:
-            files["profile_trace.json"] = chrome_trace(run.probes.collector, run.sampler.table())
+            files[f"{name}_trace.json"] = chrome_trace(run.probes.collector, run.sampler.table())
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                temporary = folder / f".{name}.part"
+            for file, text in files.items():
+                temporary = folder / f".{file}.part"
                 temporary.write_text(text)
-                temporary.replace(folder / name)
+                temporary.replace(folder / file)
         except OSError as error:
             rank_zero_warn(f"{KEY}.output_dir={folder}: {error.strerror}; the report is in callback.report alone")
 

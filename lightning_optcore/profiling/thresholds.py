@@ -54,8 +54,8 @@ class Thresholds:
     disk_rate: float = 5.0
     net_rate: float = 5.0
     transfer: float = 0.15
-    forward: float = 0.6
-    forward_to_backward: float = 4.0
+    forward: float = 0.55
+    forward_to_backward: float = 2.5
     small_batch: int = 8
     short_step_ms: float = 8.0
     optimizer: float = 0.45

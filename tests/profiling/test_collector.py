@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from lightning.pytorch.profilers import SimpleProfiler
+
+from lightning_optcore.profiling.collector import HEAD, Collector
+from lightning_optcore.profiling.phases import BACKWARD, DATA_WAIT, FORWARD, PHASES, VALIDATION, phase_of
+
+FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+STEP = "[Strategy]SingleDeviceStrategy.training_step"
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("action", "phase"),
+    [
+        (FETCH, "data_wait"),
+        (STEP, "forward"),
+        ("[LightningModule]Net.optimizer_step", "optimizer"),
+        ("optimizer_step", "optimizer"),  # as manual optimization reports it
+        ("[LightningModule]Net.transfer_batch_to_device", "transfer"),
+        ("[Callback]ModelCheckpoint{'monitor': 'a.b'}.on_train_batch_end", "checkpoint"),
+        ("[Callback]LearningRateMonitor.on_train_batch_start", "callback"),
+        ("[LightningModule]Net.on_train_batch_end", "callback"),
+        ("[LightningModule]Net.setup", "other"),
+        ("save_checkpoint", "checkpoint"),
+        ("run_training_batch", "other"),
+    ],
+)
+def test_every_action_has_its_phase(action, phase):
+    assert phase_of(action)[0] == phase
+
+
+def test_time_belongs_to_the_innermost_action():
+    collector = Collector()
+    with collector.profile("[LightningModule]Net.optimizer_step"):
+        with collector.profile(STEP):
+            spin(0.02)
+        with collector.profile("[Strategy]SingleDeviceStrategy.backward"):
+            spin(0.04)
+    seconds = collector.seconds()
+    assert seconds[FORWARD] == pytest.approx(0.02, abs=0.005)
+    assert seconds[BACKWARD] == pytest.approx(0.04, abs=0.005)
+    assert seconds["optimizer"] < 0.005
+
+
+def test_the_phases_add_up_to_the_time_that_passed():
+    start = time.perf_counter()
+    collector = Collector()
+    for _ in range(20):
+        collector.start(FETCH)
+        spin(0.001)
+        collector.stop(FETCH)
+        with collector.profile(STEP):
+            spin(0.001)
+        spin(0.001)
+    assert sum(collector.seconds().values()) == pytest.approx(time.perf_counter() - start, abs=0.003)
+
+
+def test_every_fetch_begins_a_step_and_old_steps_are_overwritten():
+    collector = Collector(capacity=8)
+    for _ in range(20):
+        collector.start(FETCH)
+        collector.stop(FETCH)
+    rows = collector.rows()
+    assert collector.steps == 20
+    assert len(rows) == 8
+    assert (rows[1:, 0] > rows[:-1, 0]).all(), "oldest first"
+    assert (rows[1:, HEAD + PHASES.index(DATA_WAIT)] >= rows[:-1, HEAD + PHASES.index(DATA_WAIT)]).all()
+
+
+def test_inside_a_whole_nothing_is_timed_apart():
+    collector = Collector()
+    with collector.whole(VALIDATION), collector.profile(STEP):
+        spin(0.01)
+    seconds = collector.seconds()
+    assert seconds[FORWARD] == 0
+    assert seconds[VALIDATION] == pytest.approx(0.01, abs=0.005)
+
+
+def test_an_exception_leaves_the_stack_as_it_was():
+    collector = Collector()
+    with pytest.raises(RuntimeError), collector.profile(STEP), collector.profile(FETCH):
+        raise RuntimeError
+    assert collector.stack == []
+    collector.stop("never started")
+    assert collector.stack == []
+
+
+def test_the_users_profiler_hears_of_every_action():
+    theirs = SimpleProfiler()
+    collector = Collector(theirs)
+    for _ in range(3):
+        with collector.profile(STEP):
+            pass
+        collector.start(FETCH)
+        collector.stop(FETCH)
+    assert len(theirs.recorded_durations[STEP]) == 3
+    assert len(theirs.recorded_durations[FETCH]) == 3
+    assert collector.recorded_durations is theirs.recorded_durations
+
+
+def test_hooks_that_nobody_overrode_are_not_timed():
+    from lightning.pytorch import Callback
+
+    class Mine(Callback):
+        def on_train_batch_end(self, *_):
+            pass
+
+    mine = Mine()
+    collector = Collector(resolve=lambda action: mine)
+    with collector.profile("[Callback]Mine.on_train_batch_start"):
+        spin(0.002)
+    assert collector.seconds()["callback"] == 0
+    with collector.profile("[Callback]Mine.on_train_batch_end"):
+        spin(0.002)
+    assert collector.by_detail(collector.snapshot())["Mine"] > 0.001
+
+
+def test_more_callbacks_than_slots_share_one():
+    collector = Collector()
+    for i in range(100):
+        with collector.profile(f"[Callback]Mine{i}.on_train_batch_end"):
+            pass
+    assert collector.seconds()["callback"] > 0

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import gc
+import json
+import pickle
+import time
+
+import pytest
+import torch
+from bottlenecks import CASES, HEALTHY, Network, loader_of, run
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
+
+from lightning_optcore.callbacks import PerformanceProfiler
+from lightning_optcore.data import Digits
+from lightning_optcore.models import CNN
+from lightning_optcore.profiling.profile_report import CAUSES, ProfileReport
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def profiler(**options) -> PerformanceProfiler:
+    return PerformanceProfiler(**{"live": False, **options})
+
+
+class Clock(Callback):
+    """An independent clock around the training."""
+
+    def on_train_start(self, *_):
+        self.start = time.perf_counter()
+
+    def on_train_end(self, *_):
+        self.seconds = time.perf_counter() - self.start
+
+
+# One way of each cause that shows in a second or two on a shared machine; all of them, counted, in benchmarks/.
+@pytest.mark.parametrize(
+    ("cause", "half"),
+    [
+        ("data.latency", "a"),
+        ("data.cpu", "a"),
+        ("data.collate", "a"),
+        ("data.workers", "a"),
+        ("transfer", "a"),
+        ("compute", "a"),
+        ("optimizer", "b"),
+        ("logging", "b"),
+        ("callback", "a"),
+        ("validation", "a"),
+        ("checkpoint", "a"),
+        ("garbage_collection", "b"),
+        ("config", "a"),
+    ],
+)
+def test_an_injected_bottleneck_is_found(cause, half):
+    report = run(CASES[cause, half])
+    # What else the machine does must not decide: a neighbour may stand beside the cause.
+    causes = [f.cause for f in report.findings if f.cause != "noisy_neighbour" and f.severity != "low"]
+    assert causes[0] == cause, report.to_json()
+    finding = next(f for f in report.findings if f.cause == cause)
+    assert finding.samples >= 50
+    assert finding.evidence
+
+
+@pytest.mark.parametrize("name", ["mlp", "manual optimization", "transformer"])
+def test_a_healthy_run_raises_no_alarm(name):
+    causes = {f.cause for f in run(HEALTHY[name]).findings if f.severity != "low"}
+    assert causes <= {"noisy_neighbour"}
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"val_check_interval": 0.3}])
+def test_the_phases_add_up_to_an_independent_clock(make_trainer, options):
+    clock, callback = Clock(), profiler()
+    make_trainer(clock, callback, max_epochs=4, **options).fit(CNN(width=8, depth=1), Digits())
+    report = callback.report
+    assert report.wall_seconds == pytest.approx(clock.seconds, rel=0.02)
+    assert sum(phase.seconds for phase in report.phases.values()) == pytest.approx(clock.seconds, rel=0.02)
+    assert report.phases["other"].share < 0.1
+    assert report.steps == 80
+    assert report.stage == "fit"
+    assert set(report.phases) > {"data_wait", "forward", "backward", "optimizer", "validation"}
+
+
+def test_manual_optimization_has_its_phases(make_trainer):
+    callback = profiler()
+    make_trainer(callback, max_epochs=2).fit(ManualOptimBoringModel())
+    phases = callback.report.phases
+    assert phases["backward"].seconds > 0
+    assert phases["optimizer"].seconds > 0
+    assert phases["other"].share < 0.2
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_other_stages_have_reports_too(make_trainer, stage):
+    callback = profiler()
+    trainer = make_trainer(callback)
+    if stage == "predict":
+        trainer.predict(BoringModel(), BoringModel().train_dataloader())
+    else:
+        getattr(trainer, stage)(BoringModel(), verbose=False)
+    assert callback.report.stage == stage
+    assert callback.reports[stage] is callback.report
+    assert callback.report.steps == 64
+    assert callback.report.phases["forward"].seconds > 0
+
+
+def test_a_test_after_the_fit_keeps_the_fits_report(make_trainer, tmp_path):
+    callback = profiler(output_dir=str(tmp_path))
+    trainer = make_trainer(callback)
+    trainer.fit(BoringModel())
+    trainer.test(BoringModel(), verbose=False)
+    assert set(callback.reports) == {"fit", "test"}
+    assert {path.name for path in tmp_path.glob("*.json")} == {"profile.json", "profile_test.json"}
+    assert ProfileReport.from_json((tmp_path / "profile.json").read_text()) == callback.reports["fit"]
+
+
+def test_everything_is_as_before_afterwards(make_trainer):
+    callback, theirs = profiler(), SimpleProfiler()
+    model, loader = Network(), loader_of()
+    collate, hooks = loader.collate_fn, list(gc.callbacks)
+    trainer = make_trainer(callback, profiler=theirs, max_steps=10)
+    trainer.fit(model, loader)
+    assert trainer.profiler is theirs
+    assert len(theirs.recorded_durations["run_training_batch"]) == 10
+    assert "log" not in vars(model)
+    assert "log_metrics" not in vars(trainer._logger_connector)
+    assert "process_dataloader" not in vars(trainer.strategy)
+    assert "run" not in vars(trainer.fit_loop.epoch_loop.val_loop)
+    assert loader.collate_fn is collate
+    assert gc.callbacks == hooks
+    pickle.dumps(model.net)
+
+
+class Breaks(Network):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error = error
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 40:
+            raise self.error("in the middle")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_run_that_breaks_off_is_reported(make_trainer, tmp_path, error):
+    callback = profiler(output_dir=str(tmp_path))
+    trainer = make_trainer(callback)
+    with pytest.raises((error, SystemExit)):
+        trainer.fit(Breaks(error), loader_of())
+    assert callback.report.steps >= 40
+    assert json.loads((tmp_path / "profile.json").read_text())["steps"] == callback.report.steps
+    assert isinstance(trainer.profiler, PassThroughProfiler)
+
+
+def test_three_steps_are_too_few(make_trainer):
+    callback = profiler()
+    make_trainer(callback, max_steps=3).fit(Network(), loader_of())
+    assert callback.report.primary.cause == "inconclusive"
+    assert "needed" in callback.report.primary.evidence[0]
+
+
+def test_a_folder_that_cannot_be_written_costs_the_file_alone(make_trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    callback = profiler(output_dir=str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="the report is in callback.report alone"):
+        make_trainer(callback, max_steps=5).fit(Network(), loader_of())
+    assert callback.report is not None
+
+
+def test_two_of_them_are_refused(make_trainer):
+    with pytest.raises(MisconfigurationException, match="two of these callbacks"):
+        make_trainer(profiler(), profiler()).fit(BoringModel())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"interval": 0}, "interval=0: expected seconds"),
+        ({"mode": "full"}, "mode='full': expected one of comprehensive, light"),
+        ({"thresholds": {"cpu": 1}}, "thresholds.cpu=1: expected one of cpu_usage"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        PerformanceProfiler(**options)
+
+
+def test_the_light_mode_takes_phases_alone(make_trainer):
+    callback = profiler(mode="light")
+    make_trainer(callback, max_steps=40).fit(Network(), loader_of())
+    assert callback.report.steps == 40
+    assert callback.report.phases["forward"].share > 0.1
+    assert callback.report.system["cores_used"] == 0
+
+
+def test_the_first_verdict_comes_while_it_runs(make_trainer):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if callback.report is not None and not seen:
+                seen.append(batch_idx)
+
+    class Slow(Network):
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.01)
+            return super().training_step(batch, batch_idx)
+
+    callback = profiler()
+    make_trainer(callback, Look(), max_steps=100).fit(Slow(), loader_of())
+    assert seen
+    assert seen[0] <= 55
+
+
+def test_the_shares_go_to_the_logger(make_trainer, tmp_path):
+    logger = CSVLogger(tmp_path)
+    make_trainer(profiler(), logger=logger, max_steps=30).fit(Network(), loader_of())
+    logger.save()
+    assert "profile/data_wait" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+
+
+def test_the_trace_opens_as_chromes(make_trainer, tmp_path):
+    callback = profiler(output_dir=str(tmp_path), trace=True)
+    make_trainer(callback, max_steps=30).fit(Network(), loader_of())
+    events = json.loads((tmp_path / "profile_trace.json").read_text())["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    steps = [event for event in slices if event["name"].startswith("step ")]
+    assert len(steps) == 30
+    parts = [e for e in slices if not e["name"].startswith("step ")]
+    assert {"forward", "backward", "data_wait"} <= {event["name"] for event in parts}
+    for step in steps:
+        inside = [e["dur"] for e in parts if step["ts"] <= e["ts"] + 1e-3 < step["ts"] + step["dur"]]
+        assert sum(inside) == pytest.approx(step["dur"], rel=0.05, abs=50)
+
+
+def test_workers_that_fork_do_not_disturb_it(make_trainer):
+    callback = profiler()
+    make_trainer(callback, max_epochs=2).fit(CNN(width=4, depth=1), Digits(num_workers=2))
+    assert callback.report.steps == 40
+    assert not any("Reader" in note for note in callback.report.notes)
+
+
+def test_advice_outside_of_hydra_names_the_argument():
+    report = run(CASES["data.latency", "a"])
+    best = next(f for f in report.findings if f.cause == "data.latency").recommendations[0]
+    assert best.override.startswith("DataLoader(num_workers=")
+    assert not best.applies
+    assert 1 <= best.expected_speedup[0] < best.expected_speedup[1]
+
+
+def test_the_same_training_with_it_and_without_it(make_trainer):
+    def trained(*callbacks) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = CNN(width=4, depth=1)
+        torch.manual_seed(1)
+        make_trainer(*callbacks, max_epochs=2).fit(model, Digits())
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(trained(), trained(profiler()))
+
+
+def test_what_is_injected_is_in_the_catalogue_of_causes():
+    assert {cause for cause, _ in CASES} <= set(CAUSES)
