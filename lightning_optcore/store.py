@@ -217,6 +217,20 @@ class Store:
             if rows:
                 connection.execute(sa.insert(tables.curves), rows)
 
+    def add_profile(self, run_id: int, stage: str, content: Mapping[str, Any]) -> None:
+        """Write what the profiler said of a run; of the same stage the newest stays."""
+        table = tables.profiles
+        with self._writing() as connection:
+            self._require(connection, run_id)
+            connection.execute(sa.delete(table).where(table.c.run_id == run_id, table.c.stage == stage))
+            connection.execute(sa.insert(table).values(run_id=run_id, stage=stage, content=_dump(dict(content))))
+
+    def profiles(self, run_id: int) -> dict[str, dict[str, Any]]:
+        """Return what the profiler said of a run, by stage: ``"fit"``, ``"test"`` and so on."""
+        query = sa.select(tables.profiles).where(tables.profiles.c.run_id == run_id)
+        with self._reading() as connection:
+            return {row.stage: json.loads(row.content) for row in connection.execute(query)}
+
     def run(self, run_id: int) -> Run:
         """Return one run.
 

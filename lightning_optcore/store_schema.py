@@ -71,6 +71,15 @@ layer_latencies = sa.Table(
     sa.Column("milliseconds", sa.Float, nullable=False),
 )
 
+# What the profiler said of a run (JSON), by what the Trainer did.
+profiles = sa.Table(
+    "profiles",
+    metadata,
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), primary_key=True),
+    sa.Column("stage", sa.Text, primary_key=True),
+    sa.Column("content", sa.Text, nullable=False),
+)
+
 _FIRST = (versions, runs, measurements, scalars, curves)
 
 
@@ -82,6 +91,10 @@ def _create_layer_latencies(connection: Connection) -> None:
     layer_latencies.create(connection)
 
 
+def _create_profiles(connection: Connection) -> None:
+    profiles.create(connection)
+
+
 # Migration i brings schema version i to i + 1. Append; never change one that was released.
-MIGRATIONS = (_create_first_tables, _create_layer_latencies)
+MIGRATIONS = (_create_first_tables, _create_layer_latencies, _create_profiles)
 SCHEMA_VERSION = len(MIGRATIONS)

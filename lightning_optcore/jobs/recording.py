@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_optcore.fingerprints import data_fingerprint, hardware_fingerprint
 from lightning_optcore.measurement.measurement import Measurement
+from lightning_optcore.profiling.profile_report import ProfileReport
 from lightning_optcore.recipe import Recipe
 from lightning_optcore.store import Run, Store
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the store has of one run: the row, curves and profiles; and those of the same runs before it."""
+
+    run: Run
+    curves: dict[str, list[tuple[int, float]]]
+    profiles: dict[str, dict[str, Any]]
+    history: list[tuple[int, dict[str, Any]]]
 
 
 class Recording:
@@ -46,16 +59,31 @@ class Recording:
         if self._store is not None:
             self._store.log_curve(self.run_id, step, epoch, values)
 
+    def profile(self, report: ProfileReport) -> None:
+        """Write what the profiler said."""
+        if self._store is not None:
+            self._store.add_profile(self.run_id, report.stage, json.loads(report.to_json()))
+
     def finish(self, status: str, error: str | None = None) -> None:
         """Close the row."""
         if self._store is not None:
             self._store.finish(self.run_id, status, error=error)
 
-    def read_back(self) -> tuple[Run, dict[str, list[tuple[int, float]]]] | None:
-        """Return the run and its curves as stored."""
+    def read_back(self) -> Stored | None:
+        """Return the run, its curves and profiles as stored."""
         if self._store is None:
             return None
-        return self._store.run(self.run_id), self._store.curves(self.run_id)
+        run = self._store.run(self.run_id)
+        profiles = self._store.profiles(self.run_id)
+        history = self._history(run) if "fit" in profiles else []
+        return Stored(run, self._store.curves(self.run_id), profiles, history)
+
+    def _history(self, run: Run) -> list[tuple[int, dict[str, Any]]]:
+        """Return the fits' profiles of the same configuration, oldest first."""
+        assert self._store is not None
+        runs = [one for one in self._store.runs(job=run.job) if one.overrides == run.overrides]
+        found = [(one.id, self._store.profiles(one.id).get("fit")) for one in reversed(runs[:50])]
+        return [(run_id, profile) for run_id, profile in found if profile is not None]
 
 
 @contextmanager

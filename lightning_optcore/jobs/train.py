@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.fingerprints import model_fingerprint
+from lightning_optcore.jobs.building import instantiate_all, trainer_of
 from lightning_optcore.jobs.checks import check, instance_of
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.logs import quieten_lightning
@@ -26,6 +27,7 @@ from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodu
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.measurement.quality import validate
 from lightning_optcore.measurement.yardstick import measure
+from lightning_optcore.profiling.profile_report import ProfileReport
 from lightning_optcore.report.html import write_run_report
 
 log = logging.getLogger(__name__)
@@ -43,9 +45,9 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
         data = instance_of(LightningDataModule, "data", instantiate(config.data))
         model = instance_of(LightningModule, "model", instantiate(config.model))
         recording.update(model_fingerprint=model_fingerprint(model, _plain(config.model)))
-        callbacks = _instantiate_all(config.callbacks)
+        callbacks = instantiate_all(config.callbacks)
         recorder = RunRecorder(recording, output_dir, _plain(config.data))
-        trainer = _trainer(config, [*callbacks, recorder])
+        trainer = trainer_of(config, [*callbacks, recorder])
 
         trainer.fit(model, datamodule=data, ckpt_path=config.ckpt_path)
         _end_if_interrupted(trainer)
@@ -54,6 +56,8 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
             trainer.test(model, datamodule=data, verbose=False)
             quality.update(_floats(trainer.callback_metrics))
 
+        for profile in _profiles(callbacks):
+            recording.profile(profile)
         measurements = _measurements(callbacks) or _measured(config, model, data, quality)
         for role, measurement in measurements.items():
             recording.measurement(role, measurement)
@@ -70,19 +74,6 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
     return values
 
 
-def _trainer(config: DictConfig, callbacks: list[Callback]) -> Trainer:
-    settings = {}
-    if config.trainer.get("enable_progress_bar") is None:
-        settings["enable_progress_bar"] = sys.stderr.isatty()
-    strategy = instantiate(config.strategy) if "_target_" in config.strategy else config.strategy.name
-    loggers = _instantiate_all(config.logger)
-    return instantiate(config.trainer, callbacks=callbacks, logger=loggers or False, strategy=strategy, **settings)
-
-
-def _instantiate_all(group: DictConfig | None) -> list[Any]:
-    return [instantiate(node) for node in (group or {}).values() if node is not None]
-
-
 def _end_if_interrupted(trainer: Trainer) -> None:
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -97,6 +88,10 @@ def _measurements(callbacks: list[Callback]) -> dict[str, Measurement]:
     """Return before and after of the techniques: the first one's original, the last one's artifact."""
     done = [callback for callback in callbacks if getattr(callback, "after", None) is not None]
     return {"before": done[0].before, "after": done[-1].after} if done else {}  # type: ignore[attr-defined]
+
+
+def _profiles(callbacks: list[Callback]) -> list[ProfileReport]:
+    return [report for callback in callbacks for report in getattr(callback, "reports", {}).values()]
 
 
 def _artifacts(callbacks: list[Callback]) -> list[Any]:
@@ -131,12 +126,13 @@ def _report(config: DictConfig, recording: Recording, output_dir: Path) -> Path 
     stored = recording.read_back()
     if not config.report.enabled or stored is None:
         return None
-    run, curves = stored
     try:
         return write_run_report(
-            run,
-            curves,
+            stored.run,
+            stored.curves,
             output_dir / "report.html",
+            profiles=stored.profiles,
+            history=stored.history,
             assets_dir=Path(config.paths.output_root),
             self_contained=config.report.self_contained,
         )

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,6 +32,7 @@ from lightning_optcore.profiling.recommendations import LOADER, TRAINER, RunFact
 from lightning_optcore.profiling.summary import summary_text
 from lightning_optcore.profiling.system import Sampler
 from lightning_optcore.profiling.thresholds import Thresholds
+from lightning_optcore.profiling.timeline import timeline
 from lightning_optcore.profiling.trace import chrome_trace
 
 log = logging.getLogger(__name__)
@@ -260,17 +262,19 @@ class _Run:
             notes.append(f"{self.sampler.dropped} samples of the system were dropped: the sampler got no core in time")
         notes += [f"{name}: {reason}" for name, reason in self.sampler.failures.items()]
         collector = self.probes.collector
+        mean = 1e3 * evidence.seconds / evidence.steps if evidence.steps else 0.0
         return ProfileReport(
             stage=self.stage,
             phases={phase: Phase(spent, spent / total) for phase, spent in seconds.items()},
             steps=max(collector.steps - 1, 0),
             wall_seconds=wall if self.begun is not None else 0.0,
-            step_ms={"p50": evidence.step_ms, "p90": evidence.step_ms_p90},
+            step_ms={"mean": mean, "p50": evidence.step_ms, "p90": evidence.step_ms_p90},
             findings=tuple(self._with_advice(finding, evidence) for finding in findings),
             details=collector.by_detail(self.ended or collector.snapshot(), self.begun),
             system=_system_figures(evidence),
             ranks=tuple(self.ranks),
             notes=tuple(notes),
+            timeline=timeline(collector, self.sampler.table()),
         )
 
     def evidence(self) -> Evidence:
@@ -349,6 +353,7 @@ def _facts(trainer: Any, loader: Any) -> RunFacts:
         checkpoint_every=min((steps for steps in every if steps), default=0),
         val_check_interval=trainer.val_check_interval,
         check_val_every_n_epoch=trainer.check_val_every_n_epoch,
+        batches_per_epoch=inf if getattr(loader, "persistent_workers", False) else trainer.num_training_batches,
     )
 
 

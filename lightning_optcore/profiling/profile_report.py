@@ -100,12 +100,13 @@ class ProfileReport:
         phases: Seconds and share of each phase, over the whole run.
         steps: Batches that were seen.
         wall_seconds: Length of the run.
-        step_ms: ``p50`` and ``p90`` of the steps after the warm-up.
+        step_ms: ``mean``, ``p50`` and ``p90`` of the steps after the warm-up.
         findings: The most costly first; never empty.
         details: Seconds of the named parts, e.g. of each callback.
         system: Mean figures of the machine, by name.
         ranks: Seconds by phase of each rank, under DDP.
         notes: What could not be seen, and why.
+        timeline: How it went, in at most 120 parts: see :func:`lightning_optcore.profiling.timeline.timeline`.
 
     Example:
         >>> report = ProfileReport("fit", {}, 0, 0.0, findings=(healthy(),))
@@ -123,6 +124,7 @@ class ProfileReport:
     system: dict[str, float] = field(default_factory=dict)
     ranks: tuple[dict[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    timeline: dict[str, Any] = field(default_factory=dict)
 
     @property
     def primary(self) -> Finding:

@@ -10,6 +10,8 @@ from typing import Any
 from lightning_optcore.profiling.evidence import Evidence
 from lightning_optcore.profiling.profile_report import Finding
 
+# Of one worker, by fork, in a process that has loaded torch.
+_SECONDS_TO_START = 0.05
 LOADER = "loader"
 TRAINER = "trainer"
 
@@ -43,6 +45,7 @@ class RunFacts:
         checkpoint_every: Steps between two checkpoints, 0 if not by steps.
         val_check_interval: As the Trainer has it.
         check_val_every_n_epoch: As the Trainer has it.
+        batches_per_epoch: Batches between two starts of the workers; infinite where they persist.
     """
 
     iterable: bool = False
@@ -50,6 +53,7 @@ class RunFacts:
     checkpoint_every: int = 0
     val_check_interval: float | int = 1.0
     check_val_every_n_epoch: int | None = 1
+    batches_per_epoch: float = math.inf
 
 
 def advise(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
@@ -81,8 +85,9 @@ def _of_workers(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[A
         return []
     fewest = min(counts, key=lambda count: (round(step_with(count) / rest, 1), count))
     high = mean_step / step_with(fewest)
-    # A batch from another process is copied, and its worker has to be woken.
-    low = mean_step / (1.35 * step_with(fewest) + 0.002)
+    # A batch from another process is copied, and its worker has to be woken; workers have to be started.
+    starting = _SECONDS_TO_START * fewest / max(facts.batches_per_epoch, 1)
+    low = mean_step / (1.35 * step_with(fewest) + 0.002 + starting)
     low, high = max(1.0, min(low, high)), max(high * 1.1, 1.0)
     if high < 1.1:
         return []

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from lightning_optcore.measurement.comparison import Comparison, compare
 from lightning_optcore.measurement.measurement import Measurement
-from lightning_optcore.report import figures
+from lightning_optcore.report import figures, profile_figures
 from lightning_optcore.store import Run
 
 
@@ -25,15 +25,19 @@ def write_run_report(
     curves: Mapping[str, Sequence[tuple[int, float]]],
     path: str | Path,
     *,
+    profiles: Mapping[str, Mapping[str, Any]] | None = None,
+    history: Sequence[tuple[int, Mapping[str, Any]]] = (),
     assets_dir: str | Path | None = None,
     self_contained: bool = False,
 ) -> Path:
-    """Write the report of one run: before and after, learning curves, recipe, environment, command.
+    """Write the report of one run: before and after, profile, learning curves, recipe, environment, command.
 
     Args:
         run: The run.
         curves: Its learning curves: (step, value) by name.
         path: The file to write.
+        profiles: What the profiler said, by stage.
+        history: Profiles of the same configuration: (run, profile), oldest first.
         assets_dir: Folder of plotly.js, written there once for all reports; the report's own by default.
         self_contained: Put plotly.js into the file instead (4.8 MB).
 
@@ -59,6 +63,8 @@ def write_run_report(
         cards=_cards(both),
         figures=[Markup(fragment) for fragment in drawn],
         curves=Markup(figures.curves_figure(curves)) if curves else "",
+        profiles=[(stage, profile, _profile_figures(profile)) for stage, profile in (profiles or {}).items()],
+        history=Markup(profile_figures.history_figure(history)) if len(history) > 1 else "",
         recipe=(run.recipe or {}).get("steps", []),
         environment=_environment(last),
         config=json.dumps(run.config, indent=2),
@@ -102,6 +108,17 @@ def write_overview_report(
         missing=missing,
         figure=Markup(figures.pareto_figure(runs, front, objectives)),
     )
+
+
+def _profile_figures(profile: Mapping[str, Any]) -> list[Markup]:
+    drawn = [profile_figures.shares_figure(profile)]
+    if profile.get("timeline"):
+        drawn.append(profile_figures.phases_figure(profile["timeline"]))
+        if profile["timeline"]["system"]:
+            drawn.append(profile_figures.utilisation_figure(profile["timeline"]))
+    if len(profile.get("ranks", ())) > 1:
+        drawn.append(profile_figures.ranks_figure(profile["ranks"]))
+    return [Markup(fragment) for fragment in drawn]
 
 
 def _write(template: str, path: Path, assets_dir: str | Path | None, self_contained: bool, **values: Any) -> Path:
