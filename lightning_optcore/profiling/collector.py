@@ -66,9 +66,8 @@ class Collector(Profiler):
         self._lookup: dict[str, AbstractContextManager[Any]] = self._timed
         self.slots: list[tuple[str, str | None]] = [(phase, None) for phase in PHASES]
         self.totals = [0] * NUM_SLOTS
-        self.current = _OTHER
         self.stack: list[int] = []
-        self.last = perf_counter_ns()
+        self._now = _Now(_OTHER, perf_counter_ns())
         self.thread = get_ident()
         self.capacity = capacity
         self.buffer = bytearray(_ROW.size * capacity)
@@ -119,8 +118,8 @@ class Collector(Profiler):
     def mark_step(self) -> None:
         """Write the running totals: a step ends here and the next one begins."""
         now = perf_counter_ns()
-        self.totals[self.current] += now - self.last
-        self.last = now
+        self.totals[self._now.slot] += now - self._now.since
+        self._now.since = now
         self._cpu_at_fetch = thread_time_ns()
         _ROW.pack_into(
             self.buffer,
@@ -142,7 +141,7 @@ class Collector(Profiler):
     def snapshot(self) -> list[int]:
         """Return the running totals of the slots at this moment, in nanoseconds."""
         totals = list(self.totals)
-        totals[self.current] += perf_counter_ns() - self.last
+        totals[self._now.slot] += perf_counter_ns() - self._now.since
         return totals
 
     def seconds(self, since: list[int] | None = None) -> dict[str, float]:
@@ -201,32 +200,49 @@ class Collector(Profiler):
         return self.span(phase, detail)
 
 
-class _Span:
-    """Times what runs inside it, less what other spans inside it take."""
+class _Now:
+    """Whose time is running, and since when."""
 
-    __slots__ = ("_collector", "_slot")
+    __slots__ = ("since", "slot")
+
+    def __init__(self, slot: int, since: int) -> None:
+        self.slot = slot
+        self.since = since
+
+
+class _Span:
+    """Times what runs inside it, less what other spans inside it take.
+
+    It runs some ten times a step: what it needs stands in slots, not in the collector's dictionary.
+    """
+
+    __slots__ = ("_collector", "_now", "_pop", "_push", "_slot", "_totals")
 
     def __init__(self, collector: Collector, slot: int) -> None:
         self._collector = collector
+        self._now = collector._now
+        self._totals = collector.totals
+        self._push = collector.stack.append
+        self._pop = collector.stack.pop
         self._slot = slot
 
     def __enter__(self) -> None:
-        now = perf_counter_ns()
-        collector = self._collector
-        current = collector.current
-        collector.totals[current] += now - collector.last
-        collector.stack.append(current)
-        collector.current = self._slot
-        collector.last = now
+        time = perf_counter_ns()
+        now = self._now
+        current = now.slot
+        self._totals[current] += time - now.since
+        self._push(current)
+        now.slot = self._slot
+        now.since = time
 
     def __exit__(self, *_: object) -> None:
-        collector = self._collector
+        now = self._now
         # An action that was left without being opened must not close somebody else's.
-        if collector.current == self._slot and collector.stack:
-            now = perf_counter_ns()
-            collector.totals[self._slot] += now - collector.last
-            collector.last = now
-            collector.current = collector.stack.pop()
+        if now.slot == self._slot and self._collector.stack:
+            time = perf_counter_ns()
+            self._totals[now.slot] += time - now.since
+            now.since = time
+            now.slot = self._pop()
 
 
 class _Fetch(_Span):
