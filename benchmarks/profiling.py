@@ -82,7 +82,7 @@ def _quieten() -> None:
 
 
 def actions(options: argparse.Namespace) -> None:
-    """Time the 32 actions that Lightning reports in a step with two callbacks, 22 of them hooks that nobody overrode."""
+    """Time the 32 actions that Lightning reports in a step with two callbacks; 22 are hooks nobody overrode."""
 
     class Nothing(Callback):
         pass

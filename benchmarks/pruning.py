@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--target-latency", type=float, default=0.5, help="of the layers in torch, for modules")
+    parser.add_argument("--target-latency", type=float, default=0.53, help="of the layers in torch, for modules")
     parser.add_argument("--only", help="this row and the dense one")
     options = parser.parse_args()
 

@@ -6,27 +6,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bottlenecks import Samples, spin
+from bottlenecks import Network, Samples, spin
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader, default_collate
-
-from lightning_optcore.models import MLP
-
-
-class Images(Samples):
-    """The same vectors as square images."""
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        vector, label = super().__getitem__(index)
-        return vector.reshape(1, 16, 16), label
 
 
 def _waiting_collate(samples: list[Any]) -> Any:
     time.sleep(0.02)
     return default_collate(samples)
 
+
+__all__ = ["Network", "SlowCallback", "SlowData", "SlowLogger"]
 
 _FETCHES: dict[str, Callable[[int], None] | None] = {
     "plain": None,
@@ -48,23 +39,21 @@ class SlowData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the batches to train on."""
         collate = _waiting_collate if self.kind == "collate" else None
-        images = Images(before=_FETCHES.get(self.kind))
-        return DataLoader(images, self.batch_size, shuffle=True, num_workers=self.num_workers, collate_fn=collate)
+        samples = Samples(before=_FETCHES.get(self.kind))
+        return DataLoader(samples, self.batch_size, shuffle=True, num_workers=self.num_workers, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the batches to validate on."""
-        return DataLoader(Images(self.val_samples), 64)
+        return DataLoader(Samples(self.val_samples), 64)
 
 
-class Network(MLP):
-    """An MLP whose step takes some milliseconds on one core."""
-
-    def __init__(self, width: int = 768) -> None:
-        super().__init__(width=width, depth=3, in_features=256)
-
-
-class SlowLogger(DummyLogger):
+class SlowLogger(Logger):
     """A service that takes 10 ms to answer."""
+
+    name, version = "slow", 0
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Keep none."""
 
     def log_metrics(self, *_: Any, **__: Any) -> None:
         """Take 10 ms."""

@@ -17,7 +17,7 @@ from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-JOBS = ("train", "measure", "profile", "report")
+JOBS = ("train", "measure", "profile", "report", "dashboard")
 
 
 class JobError(CompactHydraException):

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_optcore.callbacks import PerformanceProfiler
 from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.fingerprints import model_fingerprint
 from lightning_optcore.jobs.building import instantiate_all, trainer_of
@@ -46,6 +47,9 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
         model = instance_of(LightningModule, "model", instantiate(config.model))
         recording.update(model_fingerprint=model_fingerprint(model, _plain(config.model)))
         callbacks = instantiate_all(config.callbacks)
+        for callback in callbacks:
+            if isinstance(callback, PerformanceProfiler):
+                callback.listeners.append(recording.profile)
         recorder = RunRecorder(recording, output_dir, _plain(config.data))
         trainer = trainer_of(config, [*callbacks, recorder])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from math import inf
@@ -61,6 +61,7 @@ class PerformanceProfiler(Callback):
     Attributes:
         report: The :class:`~lightning_optcore.profiling.profile_report.ProfileReport`, during the run and after it.
         reports: The last report of each of ``fit``, ``validate``, ``test`` and ``predict``.
+        listeners: Functions that are called with every report while it runs, in the sampler's thread.
 
     Raises:
         MisconfigurationException: If an option makes no sense, or there are two of these callbacks.
@@ -92,6 +93,8 @@ class PerformanceProfiler(Callback):
         self.trace = trace
         self.report: ProfileReport | None = None
         self.reports: dict[str, ProfileReport] = {}
+        # Called in the sampler's thread with every report while it runs.
+        self.listeners: list[Callable[[ProfileReport], None]] = []
         self._run: _Run | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -324,6 +327,8 @@ class _Run:
             self.options.report = self._report()
             if self._line is not None:
                 self._line.show(self.options.report)
+            for listener in self.options.listeners:
+                listener(self.options.report)
         except Exception:
             log.debug("no look", exc_info=True)
         finally:

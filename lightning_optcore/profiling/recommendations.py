@@ -88,7 +88,7 @@ def _of_workers(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[A
     # A batch from another process is copied, and its worker has to be woken; workers have to be started.
     starting = _SECONDS_TO_START * fewest / max(facts.batches_per_epoch, 1)
     low = mean_step / (1.35 * step_with(fewest) + 0.002 + starting)
-    low, high = max(1.0, min(low, high)), max(high * 1.1, 1.0)
+    low, high = max(1.0, min(low, high)), max(high * 1.2, 1.0)
     if high < 1.1:
         return []
     bound = "bound by the CPU" if cpu > 0.6 * work else "waiting for something else than a core"
@@ -104,7 +104,7 @@ def _of_logging(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[A
     why = f"the loggers write every {facts.log_every_n_steps} steps"
     left = finding.share * facts.log_every_n_steps / less
     high = 1 / (1 - finding.share + left)
-    return [Advice(TRAINER, "log_every_n_steps", less, (_low(high), high * 1.1), why)]
+    return [Advice(TRAINER, "log_every_n_steps", less, (_low(high), high * 1.2), why)]
 
 
 def _of_validation(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
@@ -112,14 +112,14 @@ def _of_validation(finding: Finding, evidence: Evidence, facts: RunFacts) -> lis
     whole = isinstance(often, float) and often >= 1.0
     every = 4
     high = 1 / (1 - finding.share * (1 - 1 / every))
-    gain = (_low(high), high * 1.1)
+    gain = (_low(high), high * 1.2)
     if whole:
         epochs = every * (facts.check_val_every_n_epoch or 1)
         return [Advice(TRAINER, "check_val_every_n_epoch", epochs, gain, "validation runs after every epoch")]
     value: float = often * every if isinstance(often, int) else min(1.0, often * every)
     if isinstance(often, float) and value < often * every:
         high = 1 / (1 - finding.share * (1 - often / value))
-        gain = (_low(high), high * 1.1)
+        gain = (_low(high), high * 1.2)
     return [Advice(TRAINER, "val_check_interval", value, gain, f"validation runs at intervals of {often}")]
 
 
@@ -129,7 +129,7 @@ def _of_checkpoints(finding: Finding, evidence: Evidence, facts: RunFacts) -> li
     value = facts.checkpoint_every * 50
     high = 1 / (1 - finding.share * (1 - 1 / 50))
     why = f"a checkpoint is written every {facts.checkpoint_every} steps"
-    return [Advice("ModelCheckpoint", "every_n_train_steps", value, (_low(high), high * 1.1), why)]
+    return [Advice("ModelCheckpoint", "every_n_train_steps", value, (_low(high), high * 1.2), why)]
 
 
 def _of_callbacks(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
@@ -138,7 +138,7 @@ def _of_callbacks(finding: Finding, evidence: Evidence, facts: RunFacts) -> list
     high = 1 / (1 - share)
     if "." in name:
         return [Advice("", f"a cheaper {name}", None, (1.0, high), f"the module's own hook takes {share:.0%}")]
-    return [Advice(name, "", None, (_low(high), high * 1.1), f"{name} takes {share:.0%} of the time")]
+    return [Advice(name, "", None, (_low(high), high * 1.2), f"{name} takes {share:.0%} of the time")]
 
 
 def _of_config(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
@@ -149,7 +149,7 @@ def _of_small_steps(finding: Finding, evidence: Evidence, facts: RunFacts) -> li
     value = max(64, 8 * evidence.data.batch_size)
     times = value / evidence.data.batch_size
     why = "most of a step does not depend on the samples in it; the learning rate may have to follow"
-    return [Advice(LOADER, "batch_size", value, (min(2.0, times / 2), times), why)]
+    return [Advice(LOADER, "batch_size", value, (min(2.0, times / 2), 1.25 * times), why)]
 
 
 def _of_transfer(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:

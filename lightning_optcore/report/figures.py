@@ -51,7 +51,7 @@ def latency_figure(measurements: Mapping[str, Measurement]) -> str:
                 marker_color=_COLORS.get(role),
             )
         )
-    return fragment(go.Figure(bars), "latency in ms, p50 with p90", y_log=True)
+    return fragment(styled(go.Figure(bars), "latency in ms, p50 with p90", y_log=True))
 
 
 def size_figure(measurements: Mapping[str, Measurement]) -> str:
@@ -62,7 +62,7 @@ def size_figure(measurements: Mapping[str, Measurement]) -> str:
         y=[measurement.size_bytes / 1e6 for measurement in measurements.values()],
         marker_color=[_COLORS.get(role) for role in measurements],
     )
-    return fragment(go.Figure(bar), "size in MB", legend=False)
+    return fragment(styled(go.Figure(bar), "size in MB", legend=False))
 
 
 def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -77,7 +77,7 @@ def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
         )
         for name, points in curves.items()
     ]
-    return fragment(go.Figure(lines), "metrics over training steps")
+    return fragment(styled(go.Figure(lines), "metrics over training steps"))
 
 
 def pareto_figure(runs: Sequence[Run], front: Sequence[Run], objectives: Sequence[str]) -> str:
@@ -110,7 +110,7 @@ def pareto_figure(runs: Sequence[Run], front: Sequence[Run], objectives: Sequenc
     )
     figure.update_xaxes(title=_plain(x))
     figure.update_yaxes(title=_plain(y))
-    return fragment(figure, "")
+    return fragment(styled(figure, ""))
 
 
 def _plain(text: str) -> str:
@@ -118,9 +118,8 @@ def _plain(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def fragment(figure: Any, title: str, *, legend: bool = True, y_log: bool = False, stacked: bool = False) -> str:
-    """Return a figure as HTML in the style of the reports, without plotly.js itself."""
-    _, offline = plotly()
+def styled(figure: Any, title: str, *, legend: bool = True, y_log: bool = False, stacked: bool = False) -> Any:
+    """Return a figure in the style of the reports."""
     figure.update_layout(
         title={"text": title, "font": {"size": 14}},
         height=340,
@@ -137,6 +136,12 @@ def fragment(figure: Any, title: str, *, legend: bool = True, y_log: bool = Fals
     figure.update_yaxes(gridcolor=_GRID, zerolinecolor=_GRID, automargin=True)
     if y_log:
         figure.update_yaxes(type="log")
+    return figure
+
+
+def fragment(figure: Any) -> str:
+    """Return a figure as HTML, without plotly.js itself."""
+    _, offline = plotly()
     return str(
         offline.plot(
             figure,

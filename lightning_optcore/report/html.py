@@ -64,7 +64,7 @@ def write_run_report(
         figures=[Markup(fragment) for fragment in drawn],
         curves=Markup(figures.curves_figure(curves)) if curves else "",
         profiles=[(stage, profile, _profile_figures(profile)) for stage, profile in (profiles or {}).items()],
-        history=Markup(profile_figures.history_figure(history)) if len(history) > 1 else "",
+        history=Markup(figures.fragment(profile_figures.history_figure(history))) if len(history) > 1 else "",
         recipe=(run.recipe or {}).get("steps", []),
         environment=_environment(last),
         config=json.dumps(run.config, indent=2),
@@ -118,7 +118,7 @@ def _profile_figures(profile: Mapping[str, Any]) -> list[Markup]:
             drawn.append(profile_figures.utilisation_figure(profile["timeline"]))
     if len(profile.get("ranks", ())) > 1:
         drawn.append(profile_figures.ranks_figure(profile["ranks"]))
-    return [Markup(fragment) for fragment in drawn]
+    return [Markup(figures.fragment(figure)) for figure in drawn]
 
 
 def _write(template: str, path: Path, assets_dir: str | Path | None, self_contained: bool, **values: Any) -> Path:

@@ -1,11 +1,11 @@
-"""Figures of a profile, as HTML fragments (Plotly, extra ``plots``)."""
+"""Figures of a profile (Plotly, extra ``plots``)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_optcore.report.figures import fragment, plotly
+from lightning_optcore.report.figures import plotly, styled
 
 # One colour a phase in every figure, by its meaning: waiting is warm, computing is cool.
 _COLORS = {
@@ -24,7 +24,7 @@ _COLORS = {
 }
 
 
-def shares_figure(profile: Mapping[str, Any]) -> str:
+def shares_figure(profile: Mapping[str, Any]) -> Any:
     """Bars of the share of each phase."""
     go, _ = plotly()
     phases = {name: phase["share"] for name, phase in profile["phases"].items() if phase["share"] >= 0.001}
@@ -36,10 +36,10 @@ def shares_figure(profile: Mapping[str, Any]) -> str:
         marker_color=[_COLORS.get(name) for name in names],
         hovertemplate="%{y}: %{x:.1f}%<extra></extra>",
     )
-    return fragment(go.Figure(bar), "share of the time in percent", legend=False)
+    return styled(go.Figure(bar), "share of the time in percent", legend=False)
 
 
-def phases_figure(timeline: Mapping[str, Any]) -> str:
+def phases_figure(timeline: Mapping[str, Any]) -> Any:
     """Milliseconds a step of each phase over time, stacked."""
     go, _ = plotly()
     areas = [
@@ -53,10 +53,10 @@ def phases_figure(timeline: Mapping[str, Any]) -> str:
         )
         for phase, values in timeline["phases"].items()
     ]
-    return fragment(go.Figure(areas), "ms a step over seconds, by phase")
+    return styled(go.Figure(areas), "ms a step over seconds, by phase")
 
 
-def utilisation_figure(timeline: Mapping[str, Any]) -> str:
+def utilisation_figure(timeline: Mapping[str, Any]) -> Any:
     """The machine over time: each row from its own lowest to its own highest figure."""
     go, _ = plotly()
     system = timeline["system"]
@@ -73,10 +73,10 @@ def utilisation_figure(timeline: Mapping[str, Any]) -> str:
         colorscale="Tealgrn",
         showscale=False,
     )
-    return fragment(go.Figure(heat), "the machine over seconds", legend=False)
+    return styled(go.Figure(heat), "the machine over seconds", legend=False)
 
 
-def ranks_figure(ranks: Sequence[Mapping[str, float]]) -> str:
+def ranks_figure(ranks: Sequence[Mapping[str, float]]) -> Any:
     """Seconds of each phase on each rank."""
     go, _ = plotly()
     names = [name for name in ranks[0] if any(rank[name] > 0 for rank in ranks)]
@@ -87,10 +87,10 @@ def ranks_figure(ranks: Sequence[Mapping[str, float]]) -> str:
         colorscale="Tealgrn",
         hovertemplate="%{y}, %{x}: %{z:.3g} s<extra></extra>",
     )
-    return fragment(go.Figure(heat), "seconds by rank and phase", legend=False)
+    return styled(go.Figure(heat), "seconds by rank and phase", legend=False)
 
 
-def history_figure(history: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
+def history_figure(history: Sequence[tuple[int, Mapping[str, Any]]]) -> Any:
     """The step time of the same configuration in past runs, by phase."""
     go, _ = plotly()
     runs = [f"run {run}" for run, _ in history]
@@ -104,4 +104,4 @@ def history_figure(history: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
         )
         for name in names
     ]
-    return fragment(go.Figure(bars, {"barmode": "stack"}), "ms a step in past runs", stacked=True)
+    return styled(go.Figure(bars, {"barmode": "stack"}), "ms a step in past runs", stacked=True)
