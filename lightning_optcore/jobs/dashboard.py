@@ -28,7 +28,8 @@ def run(config: DictConfig) -> None:
         except (ValueError, ModuleNotFoundError) as error:
             raise ConfigurationError(str(error)) from error
         Console(highlight=False).print(f"dashboard  http://{config.host}:{config.port}", soft_wrap=True)
-        logging.getLogger("werkzeug").setLevel(logging.WARNING)
+        for name in ("werkzeug", "dash.dash"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
             app.run(host=config.host, port=config.port, debug=False)
         except OSError as error:

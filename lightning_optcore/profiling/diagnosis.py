@@ -206,17 +206,17 @@ def straggler(evidence: Evidence, limits: Thresholds) -> Finding | None:
     """A rank that the others wait for."""
     if len(evidence.ranks) < 2:
         return None
-    own = [sum(rank.values()) - rank.get(COMMUNICATION, 0.0) - rank.get(BACKWARD, 0.0) for rank in evidence.ranks]
+    own = [rank.working_seconds for rank in evidence.ranks]
     slowest = max(range(len(own)), key=own.__getitem__)
-    others = sum(own) - own[slowest]
-    total = sum(evidence.ranks[slowest].values())
-    share = (own[slowest] - others / (len(own) - 1)) / total if total else 0.0
+    others = (sum(own) - own[slowest]) / (len(own) - 1)
+    total = sum(evidence.ranks[slowest].seconds.values())
+    share = min((own[slowest] - others) / total, 1.0) if total else 0.0
     if share < limits.straggler:
         return None
-    phases = evidence.ranks[slowest]
-    mean = {p: sum(r.get(p, 0.0) for r in evidence.ranks) / len(evidence.ranks) for p in phases}
+    phases = evidence.ranks[slowest].seconds
+    mean = {phase: sum(rank.seconds[phase] for rank in evidence.ranks) / len(own) for phase in phases}
     most = max(phases, key=lambda phase: phases[phase] - mean[phase])
-    text = f"rank {slowest} works {own[slowest]:.3g} s where the others work {others / (len(own) - 1):.3g} s"
+    text = f"rank {slowest} works {own[slowest]:.3g} s where the others work {others:.3g} s"
     return _finding(evidence, "straggler", most, share, limits.straggler, text, f"it spends them in {most}")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_optcore.profiling.collector import HEAD, Collector
 from lightning_optcore.profiling.loader_clock import LoaderTimes
-from lightning_optcore.profiling.phases import DATA_WAIT, PHASES
+from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, DATA_WAIT, FORWARD, PHASES
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,33 @@ class Audited:
     sure: bool = False
 
 
+# Where ranks wait for each other: gradients in the backward pass, buffers in the forward pass.
+COLLECTIVE = (FORWARD, BACKWARD, COMMUNICATION)
+
+
+@dataclass(frozen=True)
+class RankEvidence:
+    """What one rank did.
+
+    Args:
+        seconds: Its seconds by phase.
+        cpu: CPU seconds of its process.
+        data_cpu: CPU seconds of them in waiting for data.
+    """
+
+    seconds: Mapping[str, float]
+    cpu: float = 0.0
+    data_cpu: float = 0.0
+
+    @property
+    def working_seconds(self) -> float:
+        """Return the seconds in which it did not wait for other ranks: those wait without using a core."""
+        alone = sum(value for phase, value in self.seconds.items() if phase not in COLLECTIVE)
+        together = sum(self.seconds.get(phase, 0.0) for phase in COLLECTIVE)
+        elsewhere = alone - self.seconds.get(DATA_WAIT, 0.0) + self.data_cpu
+        return alone + min(max(self.cpu - elsewhere, 0.0), together)
+
+
 @dataclass(frozen=True)
 class Evidence:
     """All that the rules know.
@@ -131,7 +158,7 @@ class Evidence:
         memory: Of the memory.
         cpu: Of the cores.
         audit: Settings that stand out.
-        ranks: Seconds by phase of every rank.
+        ranks: What every rank did.
         stage: What the Trainer does.
         accumulate: Batches to an optimizer step.
     """
@@ -148,7 +175,7 @@ class Evidence:
     memory: MemoryEvidence = MemoryEvidence()
     cpu: CpuEvidence = CpuEvidence()
     audit: Sequence[Audited] = ()
-    ranks: Sequence[Mapping[str, float]] = ()
+    ranks: Sequence[RankEvidence] = ()
     stage: str = "fit"
     accumulate: int = 1
 
@@ -173,7 +200,7 @@ def gather(
     loader: LoaderFacts,
     *,
     audit: Sequence[Audited] = (),
-    ranks: Sequence[Mapping[str, float]] = (),
+    ranks: Sequence[RankEvidence] = (),
     stage: str = "fit",
     accumulate: int = 1,
 ) -> Evidence:
@@ -184,7 +211,7 @@ def gather(
         system: Columns of the sampler's table.
         loader: The training loader and its clock.
         audit: Settings that stand out.
-        ranks: Seconds by phase of every rank.
+        ranks: What every rank did.
         stage: What the Trainer does.
         accumulate: Batches to an optimizer step.
     """

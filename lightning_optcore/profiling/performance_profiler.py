@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_optcore.profiling.audit import audit
 from lightning_optcore.profiling.diagnosis import diagnose
-from lightning_optcore.profiling.evidence import WARM_UP_STEPS, Audited, Evidence, LoaderFacts, gather
+from lightning_optcore.profiling.evidence import WARM_UP_STEPS, Audited, Evidence, LoaderFacts, RankEvidence, gather
 from lightning_optcore.profiling.live import LiveLine
 from lightning_optcore.profiling.loader_clock import LoaderTimes
 from lightning_optcore.profiling.overrides import Overrides
-from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, PHASES
+from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, FORWARD, PHASES
 from lightning_optcore.profiling.probes import Probes
 from lightning_optcore.profiling.profile_report import Finding, Phase, ProfileReport
 from lightning_optcore.profiling.recommendations import LOADER, TRAINER, RunFacts, advise
@@ -208,8 +208,9 @@ class _Run:
         self.begun: list[int] | None = None
         self.ended: list[int] | None = None
         self.clock = [0.0, 0.0]
+        self.cpu_at_begin = 0.0
         self.before = LoaderTimes()
-        self.ranks: list[dict[str, float]] = []
+        self.ranks: list[RankEvidence] = []
         self.notes: list[str] = []
         self.audited: list[Audited] = []
         self._line = LiveLine(trainer) if options.live and trainer.is_global_zero else None
@@ -222,7 +223,7 @@ class _Run:
         """Start the clock."""
         _count_ddp_often(self.trainer)
         self.begun, self.ended = self.probes.collector.snapshot(), None
-        self.clock[0] = perf_counter()
+        self.clock[0], self.cpu_at_begin = perf_counter(), process_time()
         self.audited = audit(self.trainer, self.loader())
 
     def end(self, pl_module: Any) -> None:
@@ -231,9 +232,11 @@ class _Run:
             self.probes.collector.mark_step()
         self.ended, self.clock[1] = self.probes.collector.snapshot(), perf_counter()
         if self.trainer.world_size > 1:
-            own = torch.tensor([self._seconds()[phase] for phase in PHASES], device=pl_module.device)
-            table = self.trainer.strategy.all_gather(own).cpu().tolist()
-            self.ranks = [dict(zip(PHASES, row, strict=True)) for row in table]
+            seconds = self._seconds()
+            cpu = process_time() - self.cpu_at_begin
+            figures = [*(seconds[phase] for phase in PHASES), cpu, self.probes.collector.data_cpu / 1e9]
+            table = self.trainer.strategy.all_gather(torch.tensor(figures, device=pl_module.device)).cpu().tolist()
+            self.ranks = [RankEvidence(dict(zip(PHASES, row, strict=False)), *row[len(PHASES) :]) for row in table]
 
     def close(self) -> None:
         """Leave everything as it was."""
@@ -275,7 +278,7 @@ class _Run:
             findings=tuple(self._with_advice(finding, evidence) for finding in findings),
             details=collector.by_detail(self.ended or collector.snapshot(), self.begun),
             system=_system_figures(evidence),
-            ranks=tuple(self.ranks),
+            ranks=tuple(dict(rank.seconds) for rank in self.ranks),
             notes=tuple(notes),
             timeline=timeline(collector, self.sampler.table()),
         )
@@ -298,7 +301,8 @@ class _Run:
             stage=self.stage,
             accumulate=self.trainer.accumulate_grad_batches,
         )
-        return _with_communication(evidence, self.trainer)
+        evidence = _with_communication(evidence, self.trainer)
+        return _without_waiting_for(self.ranks, evidence, self.trainer.global_rank)
 
     def _seconds(self) -> dict[str, float]:
         return self.probes.collector.by_phase(self.ended or self.probes.collector.snapshot(), self.begun)
@@ -391,6 +395,21 @@ def _with_communication(evidence: Evidence, trainer: Any) -> Evidence:
         shares = {**evidence.share, BACKWARD: evidence.share[BACKWARD] - share, COMMUNICATION: share}
         return replace(evidence, share=shares, p50_ms={**evidence.p50_ms, COMMUNICATION: exposed / 1e6})
     return evidence
+
+
+def _without_waiting_for(ranks: list[RankEvidence], evidence: Evidence, rank: int) -> Evidence:
+    """Take the waiting for the slowest rank out of the phases in which it happens: it is the straggler's doing."""
+    if len(ranks) < 2:
+        return evidence
+    slowest = max(ranks, key=lambda one: one.working_seconds)
+    if ranks[rank] is slowest:
+        return evidence
+    total = sum(ranks[rank].seconds.values())
+    shares = dict(evidence.share)
+    for phase in (FORWARD, BACKWARD):
+        waited = max(ranks[rank].seconds[phase] - slowest.seconds[phase], 0.0) / total
+        shares[phase] = max(shares[phase] - waited, 0.0)
+    return replace(evidence, share=shares)
 
 
 def _system_figures(evidence: Evidence) -> dict[str, float]:

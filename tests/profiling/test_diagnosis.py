@@ -6,7 +6,14 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optcore.profiling.diagnosis import RULES, diagnose
-from lightning_optcore.profiling.evidence import Audited, CpuEvidence, DataEvidence, Evidence, MemoryEvidence
+from lightning_optcore.profiling.evidence import (
+    Audited,
+    CpuEvidence,
+    DataEvidence,
+    Evidence,
+    MemoryEvidence,
+    RankEvidence,
+)
 from lightning_optcore.profiling.phases import PHASES
 from lightning_optcore.profiling.profile_report import CAUSES, Finding, ProfileReport, Recommendation
 from lightning_optcore.profiling.thresholds import Thresholds
@@ -99,12 +106,23 @@ def test_a_neighbour_does_not_make_a_busy_loader_look_idle():
 
 
 def test_the_straggler_is_named_with_its_phase():
-    fast = {**dict.fromkeys(PHASES, 0.0), "forward": 1.0, "backward": 3.0}
-    slow = {**fast, "data_wait": 2.0, "backward": 1.0}
+    seconds = {**dict.fromkeys(PHASES, 0.0), "forward": 1.0, "backward": 3.0}
+    fast = RankEvidence(seconds, cpu=2.0)
+    slow = RankEvidence({**seconds, "data_wait": 2.0, "backward": 1.0}, cpu=2.0)
     found = diagnose(replace(evidence(), ranks=(fast, slow)))
     assert found[0].cause == "straggler"
     assert "rank 1" in found[0].evidence[0]
     assert found[0].phase == "data_wait"
+
+
+def test_a_rank_that_computes_longer_is_told_from_one_that_waits():
+    seconds = {**dict.fromkeys(PHASES, 0.0), "forward": 3.0, "backward": 1.0}
+    waits, works = RankEvidence(seconds, cpu=1.5), RankEvidence(seconds, cpu=4.0)
+    found = diagnose(replace(evidence(), ranks=(works, waits)))
+    assert found[0].cause == "straggler"
+    assert "rank 0" in found[0].evidence[0]
+    even = diagnose(replace(evidence(), ranks=(works, works)))
+    assert even[0].cause == "healthy"
 
 
 def test_the_most_costly_finding_stands_first_with_amdahls_bound():
