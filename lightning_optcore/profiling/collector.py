@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 
-from lightning_optcore.profiling.phases import DATA_WAIT, OTHER, PHASES, phase_of
+from lightning_optcore.profiling.device_clock import DeviceClock
+from lightning_optcore.profiling.phases import (
+    BACKWARD,
+    DATA_WAIT,
+    FORWARD,
+    OPTIMIZER,
+    OTHER,
+    PHASES,
+    TRANSFER,
+    phase_of,
+)
 
 # Columns before the slots: time, CPU time of the training thread, CPU time of it while it waited for data.
 HEAD = 3
@@ -24,6 +34,7 @@ HEAD = 3
 NUM_SLOTS = 45
 _ROW = struct.Struct(f"{HEAD + NUM_SLOTS}q")
 _OTHER = PHASES.index(OTHER)
+ON_DEVICE = (TRANSFER, FORWARD, BACKWARD, OPTIMIZER)
 
 # Actions of these modules do nothing unless they are overridden.
 _EMPTY_HOOKS = (
@@ -44,6 +55,7 @@ class Collector(Profiler):
         resolve: Returns the object whose hook an action runs, or ``None``; the actions of hooks that nobody
             overrode are then not timed.
         capacity: Steps that are kept; older ones are overwritten.
+        device: Times the phases on a device that works through a queue.
 
     Example:
         >>> collector = Collector()
@@ -58,6 +70,7 @@ class Collector(Profiler):
         inner: Profiler | None = None,
         resolve: Callable[[str], Any] | None = None,
         capacity: int = 8192,
+        device: DeviceClock | None = None,
     ) -> None:
         self.inner = inner if inner is not None else PassThroughProfiler()
         self._forwards = type(self.inner).__name__ != "PassThroughProfiler"
@@ -72,6 +85,7 @@ class Collector(Profiler):
         self.capacity = capacity
         self.buffer = bytearray(_ROW.size * capacity)
         self.steps = 0
+        self.device = device
         self.data_cpu = 0
         self._cpu_at_fetch = 0
         super().__init__()
@@ -109,6 +123,8 @@ class Collector(Profiler):
 
     def span(self, phase: str, detail: str | None = None) -> _Span:
         """Return a context whose time belongs to ``phase``."""
+        if self.device is not None and phase in ON_DEVICE:
+            return _DeviceSpan(self, self._slot(phase, detail))
         return _Span(self, self._slot(phase, detail))
 
     def whole(self, phase: str) -> _Whole:
@@ -130,6 +146,8 @@ class Collector(Profiler):
             *self.totals,
         )
         self.steps += 1
+        if self.device is not None:
+            self.device.collect()
 
     def rows(self) -> np.ndarray:
         """Return the marks that are kept, oldest first: (marks, HEAD + NUM_SLOTS) nanoseconds, running totals."""
@@ -243,6 +261,20 @@ class _Span:
             self._totals[now.slot] += time - now.since
             now.since = time
             now.slot = self._pop()
+
+
+class _DeviceSpan(_Span):
+    """Times the device's part too."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._collector.device.edge(self._slot)  # type: ignore[union-attr]
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._collector.device.edge(self._now.slot)  # type: ignore[union-attr]
 
 
 class _Fetch(_Span):

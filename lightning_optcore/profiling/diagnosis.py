@@ -194,6 +194,11 @@ def compute(evidence: Evidence, limits: Thresholds) -> Finding | None:
 def launch_overhead(evidence: Evidence, limits: Thresholds) -> Finding | None:
     """Steps so small that calling the operations costs more than the operations."""
     made = evidence.data
+    idle = evidence.cpu.device_share
+    if idle is not None and evidence.stage == "fit" and evidence.share[FORWARD] + evidence.share[BACKWARD] > 0.6:
+        # The CPU queues operations all the time, and the device waits for them.
+        text = f"the device has work {idle:.0%} of the time, while the CPU spends it calling operations"
+        return _finding(evidence, "launch_overhead", FORWARD, 1 - idle, 0.5, text) if idle < 0.5 else None
     small = 0 < made.batch_size <= limits.small_batch
     dominated = max(evidence.share[phase] for phase in evidence.share if phase not in (FORWARD, BACKWARD)) > 0.4
     if evidence.stage != "fit" or not small or evidence.step_ms > limits.short_step_ms or dominated:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lightning_optcore.profiling.collector import HEAD, Collector
+from lightning_optcore.profiling.collector import HEAD, ON_DEVICE, Collector
 from lightning_optcore.profiling.loader_clock import LoaderTimes
 from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, DATA_WAIT, FORWARD, PHASES
 
@@ -79,6 +79,7 @@ class CpuEvidence:
         switches_per_step: Voluntary context switches of the training thread.
         throttled: Share of the time in which a quota kept the process off its cores.
         gpu_busy: Mean percent of the busiest GPU; 0 without one.
+        device_share: Share of the time in which the device had work of these steps; ``None`` without a queue.
     """
 
     cores: int = 1
@@ -89,6 +90,7 @@ class CpuEvidence:
     switches_per_step: float = 0.0
     throttled: float = 0.0
     gpu_busy: float = 0.0
+    device_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def gather(
         details=details,
         data=_data(deltas, waited, seconds, window, loader),
         memory=_memory(window, len(deltas)),
-        cpu=_cpu(window, len(deltas), loader),
+        cpu=_cpu(window, len(deltas), loader, _device_share(collector)),
         audit=audit,
         ranks=ranks,
         stage=stage,
@@ -349,7 +351,7 @@ def _memory(window: _Window, steps: int) -> MemoryEvidence:
     )
 
 
-def _cpu(window: _Window, steps: int, loader: LoaderFacts) -> CpuEvidence:
+def _cpu(window: _Window, steps: int, loader: LoaderFacts, device_share: float | None) -> CpuEvidence:
     return CpuEvidence(
         cores=available_cores(),
         own=window.rate("cpu") + window.rate("worker_cpu"),
@@ -359,7 +361,18 @@ def _cpu(window: _Window, steps: int, loader: LoaderFacts) -> CpuEvidence:
         switches_per_step=window.grown("switches") / steps if steps else 0.0,
         throttled=window.rate("throttled"),
         gpu_busy=window.mean("gpu_busy"),
+        device_share=device_share,
     )
+
+
+def _device_share(collector: Collector) -> float | None:
+    if collector.device is None or collector.steps < 2:
+        return None
+    on_device = tuple(slot for slot, (phase, _) in enumerate(collector.slots) if phase in ON_DEVICE)
+    busy = sum(collector.device.milliseconds.get(slot, 0.0) for slot in on_device)
+    rows = collector.rows()
+    mean_ms = (rows[-1, 0] - rows[0, 0]) / 1e6 / (len(rows) - 1)
+    return min(busy / (mean_ms * collector.steps), 1.0)
 
 
 def available_cores() -> int:

@@ -34,16 +34,22 @@ class Overrides:
         self._objects = objects
         self._compose = compose if compose is not None else composed_by_hydra()
         self._config = self._compose([]) if self._compose is not None else None
+        # To compose takes some hundredths of a second: what was found once is not looked for again.
+        self._found: dict[tuple[str, str, str], tuple[str, bool] | None] = {}
 
     def recommendation(self, advice: Advice) -> Recommendation:
         """Return the recommendation that a piece of advice comes to in this run."""
         speedup = (round(advice.speedup[0], 3), round(advice.speedup[1], 3))
         if not advice.owner:
             return Recommendation("", speedup, f"{advice.key}: {advice.why}")
-        override = self._override(advice) if self._config is not None else None
-        if override is None:
+        key = (advice.owner, advice.key, str(advice.value))
+        if key not in self._found:
+            override = self._override(advice) if self._config is not None else None
+            self._found[key] = (override, self._is_proved(override, advice)) if override is not None else None
+        found = self._found[key]
+        if found is None:
             return Recommendation(self._argument(advice), speedup, advice.why)
-        return Recommendation(override, speedup, advice.why, applies=self._is_proved(override, advice))
+        return Recommendation(found[0], speedup, advice.why, applies=found[1])
 
     def _override(self, advice: Advice) -> str | None:
         assert self._config is not None

@@ -215,6 +215,7 @@ class _Run:
         self.audited: list[Audited] = []
         self._line = LiveLine(trainer) if options.live and trainer.is_global_zero else None
         self._looked = 0.0
+        self._overrides: Overrides | None = None
         self._lock = threading.Lock()
         if detailed:
             self.sampler.start()
@@ -255,9 +256,9 @@ class _Run:
             self.sampler.stop()
             if self.probes.collector.steps and self.begun is not None and self.ended is None:
                 self.probes.collector.mark_step()
-            return self._report()
+            return self._report(final=True)
 
-    def _report(self) -> ProfileReport:
+    def _report(self, final: bool = False) -> ProfileReport:
         evidence = self.evidence()
         findings = diagnose(evidence, self.options.thresholds)
         wall = (self.clock[1] if self.ended is not None else perf_counter()) - self.clock[0]
@@ -275,7 +276,7 @@ class _Run:
             steps=max(collector.steps - 1, 0),
             wall_seconds=wall if self.begun is not None else 0.0,
             step_ms={"mean": mean, "p50": evidence.step_ms, "p90": evidence.step_ms_p90},
-            findings=tuple(self._with_advice(finding, evidence) for finding in findings),
+            findings=tuple(self._with_advice(f, evidence) if final or i == 0 else f for i, f in enumerate(findings)),
             details=collector.by_detail(self.ended or collector.snapshot(), self.begun),
             system=_system_figures(evidence),
             ranks=tuple(dict(rank.seconds) for rank in self.ranks),
@@ -310,8 +311,10 @@ class _Run:
     def _with_advice(self, finding: Finding, evidence: Evidence) -> Finding:
         try:
             advice = advise(finding, evidence, _facts(self.trainer, self.loader()))
-            overrides = Overrides(_objects(self.trainer, self.loader()))
-            return replace(finding, recommendations=tuple(overrides.recommendation(one) for one in advice))
+            if advice and self._overrides is None:
+                self._overrides = Overrides(_objects(self.trainer, self.loader()))
+            given = tuple(self._overrides.recommendation(one) for one in advice) if self._overrides else ()
+            return replace(finding, recommendations=given)
         except Exception as error:
             # Advice is a service: a configuration that nobody understands must not cost the finding.
             log.debug("no advice", exc_info=True)

@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager
 from threading import get_ident
 from typing import Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_optcore.profiling.collector import Collector
+from lightning_optcore.profiling.device_clock import DeviceClock
 from lightning_optcore.profiling.loader_clock import LoaderClock
 from lightning_optcore.profiling.phases import (
     BACKWARD,
@@ -37,7 +39,8 @@ class Probes:
     def __init__(self, trainer: Any, pl_module: Any, *, detailed: bool = True, capacity: int = 8192) -> None:
         self._trainer = trainer
         self._replaced: list[tuple[Any, str, Any, Any]] = []
-        self.collector = Collector(trainer.profiler, functools.partial(_owner_of, trainer, pl_module), capacity)
+        owner_of = functools.partial(_owner_of, trainer, pl_module)
+        self.collector = Collector(trainer.profiler, owner_of, capacity, _device_clock(trainer.strategy.root_device))
         self.loaders = LoaderClock()
         self._garbage = self.collector.span(GARBAGE_COLLECTION)
         self._collecting = False
@@ -119,6 +122,12 @@ class Probes:
         elif self._collecting:
             self._collecting = False
             self._garbage.__exit__(None, None, None)
+
+
+def _device_clock(device: torch.device) -> DeviceClock | None:
+    if device.type != "cuda":
+        return None
+    return DeviceClock(functools.partial(torch.cuda.Event, enable_timing=True))
 
 
 def _owner_of(trainer: Any, pl_module: Any, action: str) -> Any:

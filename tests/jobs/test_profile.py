@@ -106,3 +106,9 @@ def test_the_same_configuration_twice_has_a_history(optcore, tmp_path):
     pages = sorted((tmp_path / "outputs").rglob("report.html"))
     assert "ms a step in past runs" not in pages[0].read_text()
     assert "ms a step in past runs" in pages[1].read_text()
+    done = optcore("report", "compare=[1,2]")
+    assert done.returncode == 0, done.stderr
+    assert "run 1" in done.stdout
+    assert "forward" in done.stdout
+    done = optcore("report", "compare=[1]")
+    assert "compare=[1]: expected the numbers of two runs" in done.stderr

@@ -68,6 +68,8 @@ def waiting(**made) -> Evidence:
         (evidence(checkpoint=0.5), "checkpoint"),
         (evidence(garbage_collection=0.3), "garbage_collection"),
         (replace(evidence(), step_ms=2.0, data=DataEvidence(batch_size=2)), "launch_overhead"),
+        (evidence(CpuEvidence(cores=4, own=1.0, machine=1.0, device_share=0.2)), "launch_overhead"),
+        (evidence(CpuEvidence(cores=4, own=1.0, machine=1.0, device_share=0.9)), "healthy"),
         (evidence(CpuEvidence(cores=2, own=2.0, machine=2.0, torch_threads=8)), "oversubscription"),
         (evidence(CpuEvidence(cores=2, own=1.0, machine=2.0, waiting=0.5)), "noisy_neighbour"),
         (evidence(CpuEvidence(cores=2, own=1.0, machine=1.0, throttled=0.5)), "noisy_neighbour"),
