@@ -70,7 +70,7 @@ def _compare(config: DictConfig, console: Console) -> None:
                 )
             reports.append(ProfileReport.from_json(json.dumps(profile)))
     try:
-        changes = compare_profiles(*reports)
+        changes = compare_profiles(reports[0], reports[1])
     except ValueError as error:
         raise ConfigurationError(f"compare={chosen}: {error}") from error
     table = Table(caption="median ms a step; * more than noise (p <= .01, permutation test)")

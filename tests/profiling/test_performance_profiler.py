@@ -10,7 +10,7 @@ import torch
 from bottlenecks import CASES, HEALTHY, Network, loader_of, run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 
@@ -84,10 +84,8 @@ def test_the_phases_add_up_to_an_independent_clock(make_trainer, options):
     assert set(report.phases) > {"data_wait", "forward", "backward", "optimizer", "validation"}
 
 
-def test_manual_optimization_has_its_phases(make_trainer):
-    callback = profiler()
-    make_trainer(callback, max_epochs=2).fit(ManualOptimBoringModel())
-    phases = callback.report.phases
+def test_manual_optimization_has_its_phases():
+    phases = run(HEALTHY["manual optimization"]).phases
     assert phases["backward"].seconds > 0
     assert phases["optimizer"].seconds > 0
     assert phases["other"].share < 0.2
