@@ -72,7 +72,7 @@ class CpuEvidence:
 
     Args:
         cores: Cores that this process may use.
-        own: Cores that this process and its workers used.
+        own: Cores that this process and its workers used, and other ranks on this machine, which are taken to be alike.
         waiting: Share of the time in which the training thread was runnable without a core.
         machine: Cores that were busy, whoever used them.
         torch_threads: Threads of one operation in torch.
@@ -205,6 +205,7 @@ def gather(
     ranks: Sequence[RankEvidence] = (),
     stage: str = "fit",
     accumulate: int = 1,
+    local_ranks: int = 1,
 ) -> Evidence:
     """Work out the evidence from what was recorded so far.
 
@@ -216,6 +217,7 @@ def gather(
         ranks: What every rank did.
         stage: What the Trainer does.
         accumulate: Batches to an optimizer step.
+        local_ranks: Ranks on this machine.
     """
     rows = collector.rows()
     first = collector.steps - len(rows)
@@ -246,7 +248,7 @@ def gather(
         details=details,
         data=_data(deltas, waited, seconds, window, loader),
         memory=_memory(window, len(deltas)),
-        cpu=_cpu(window, len(deltas), loader, _device_share(collector)),
+        cpu=_cpu(window, len(deltas), loader, _device_share(collector), local_ranks),
         audit=audit,
         ranks=ranks,
         stage=stage,
@@ -351,13 +353,13 @@ def _memory(window: _Window, steps: int) -> MemoryEvidence:
     )
 
 
-def _cpu(window: _Window, steps: int, loader: LoaderFacts, device_share: float | None) -> CpuEvidence:
+def _cpu(window: _Window, steps: int, loader: LoaderFacts, device_share: float | None, local_ranks: int) -> CpuEvidence:
     return CpuEvidence(
         cores=available_cores(),
-        own=window.rate("cpu") + window.rate("worker_cpu"),
+        own=local_ranks * (window.rate("cpu") + window.rate("worker_cpu")),
         waiting=min(window.rate("main_wait"), 1.0),
         machine=window.rate("machine_busy"),
-        torch_threads=loader.torch_threads,
+        torch_threads=loader.torch_threads * local_ranks,
         switches_per_step=window.grown("switches") / steps if steps else 0.0,
         throttled=window.rate("throttled"),
         gpu_busy=window.mean("gpu_busy"),

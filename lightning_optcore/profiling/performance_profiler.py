@@ -209,6 +209,8 @@ class _Run:
         self.ended: list[int] | None = None
         self.clock = [0.0, 0.0]
         self.cpu_at_begin = 0.0
+        # What DDP measured: it is gone when the strategy unwraps the model.
+        self.communication_ms: float | None = None
         self.before = LoaderTimes()
         self.ranks: list[RankEvidence] = []
         self.notes: list[str] = []
@@ -232,6 +234,7 @@ class _Run:
         if self.probes.collector.steps:
             self.probes.collector.mark_step()
         self.ended, self.clock[1] = self.probes.collector.snapshot(), perf_counter()
+        self.communication_ms = _exposed_communication(self.trainer)
         if self.trainer.world_size > 1:
             seconds = self._seconds()
             cpu = process_time() - self.cpu_at_begin
@@ -301,12 +304,19 @@ class _Run:
             ranks=self.ranks,
             stage=self.stage,
             accumulate=self.trainer.accumulate_grad_batches,
+            local_ranks=self.trainer.num_devices if self.trainer.world_size > 1 else 1,
         )
-        evidence = _with_communication(evidence, self.trainer)
+        evidence = _with_communication(evidence, self._exposed_communication())
         return _without_waiting_for(self.ranks, evidence, self.trainer.global_rank)
 
+    def _exposed_communication(self) -> float:
+        return self.communication_ms if self.communication_ms is not None else _exposed_communication(self.trainer)
+
     def _seconds(self) -> dict[str, float]:
-        return self.probes.collector.by_phase(self.ended or self.probes.collector.snapshot(), self.begun)
+        collector = self.probes.collector
+        seconds = collector.by_phase(self.ended or collector.snapshot(), self.begun)
+        moved = min(self._exposed_communication() * max(collector.steps - 1, 0) / 1e3, seconds[BACKWARD])
+        return {**seconds, BACKWARD: seconds[BACKWARD] - moved, COMMUNICATION: moved}
 
     def _with_advice(self, finding: Finding, evidence: Evidence) -> Finding:
         try:
@@ -385,19 +395,25 @@ def _count_ddp_often(trainer: Any) -> None:
             often(10)
 
 
-def _with_communication(evidence: Evidence, trainer: Any) -> Evidence:
-    """Take the communication that the backward pass does not hide, as DDP itself measures it, out of that phase."""
+def _exposed_communication(trainer: Any) -> float:
+    """Return the milliseconds a step of communication that the backward pass does not hide, as DDP measures it."""
     read = getattr(trainer.strategy.model, "_get_ddp_logging_data", None)
-    if read is None or not evidence.steps:
-        return evidence
+    if read is None:
+        return 0.0
     with suppress(RuntimeError):
         figures = read()
-        exposed = figures.get("avg_backward_comm_time", 0) - figures.get("avg_backward_compute_comm_overlap_time", 0)
-        step = evidence.seconds / evidence.steps * 1e9
-        share = min(max(exposed, 0) / step, evidence.share[BACKWARD])
-        shares = {**evidence.share, BACKWARD: evidence.share[BACKWARD] - share, COMMUNICATION: share}
-        return replace(evidence, share=shares, p50_ms={**evidence.p50_ms, COMMUNICATION: exposed / 1e6})
-    return evidence
+        hidden = figures.get("avg_backward_compute_comm_overlap_time", 0)
+        return max(figures.get("avg_backward_comm_time", 0) - hidden, 0) / 1e6
+    return 0.0
+
+
+def _with_communication(evidence: Evidence, exposed_ms: float) -> Evidence:
+    """Take the exposed communication out of the backward pass, in which it happens."""
+    if not evidence.steps or not exposed_ms:
+        return evidence
+    share = min(exposed_ms * evidence.steps / evidence.seconds / 1e3, evidence.share[BACKWARD])
+    shares = {**evidence.share, BACKWARD: evidence.share[BACKWARD] - share, COMMUNICATION: share}
+    return replace(evidence, share=shares, p50_ms={**evidence.p50_ms, COMMUNICATION: exposed_ms})
 
 
 def _without_waiting_for(ranks: list[RankEvidence], evidence: Evidence, rank: int) -> Evidence:

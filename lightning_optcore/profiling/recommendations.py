@@ -182,6 +182,13 @@ def _of_memory(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Ad
     return [Advice(LOADER, "batch_size", half, (1.0, 1.0), "smaller batches need less memory")]
 
 
+def _of_communication(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
+    batches = 4 * evidence.accumulate
+    high = 1 / (1 - finding.share * (1 - evidence.accumulate / batches))
+    why = "gradients travel once for several batches; the batch grows by that, and the learning rate may have to follow"
+    return [Advice(TRAINER, "accumulate_grad_batches", batches, (_low(high), high * 1.2), why)]
+
+
 def _low(high: float) -> float:
     """Return the low end of a gain whose share was measured: half of it in the logarithm."""
     return math.sqrt(high)
@@ -195,6 +202,7 @@ _ADVICE: dict[str, Callable[[Finding, Evidence, RunFacts], list[Advice]]] = {
     "network": _of_workers,
     "data.collate": _of_collate,
     "transfer": _of_transfer,
+    "communication": _of_communication,
     "logging": _of_logging,
     "validation": _of_validation,
     "checkpoint": _of_checkpoints,

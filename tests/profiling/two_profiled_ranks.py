@@ -1,4 +1,7 @@
-"""Two gloo ranks under ``ddp``, the second with a slow dataset: slow_rank.py FOLDER."""
+"""Two gloo ranks under ``ddp``: two_profiled_ranks.py FOLDER straggler|communication.
+
+The second rank has a slow dataset, or both have a large network and small batches.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from lightning.pytorch import Trainer, seed_everything
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_optcore.callbacks import PerformanceProfiler
@@ -35,15 +40,32 @@ class Data(Digits):
         self.train_set.rank = self.trainer.global_rank
 
 
+class Wide(LightningModule):
+    """Many weights and little to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 20_000) for _ in range(3))
+
+    def training_step(self, batch, batch_idx):
+        return sum(layer(batch[0].flatten(1)).square().mean() for layer in self.layers)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, kind = Path(sys.argv[1]), sys.argv[2]
     seed_everything(0, verbose=False)
     profiler = PerformanceProfiler(live=False, output_dir=str(folder))
     trainer = Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=6, callbacks=[profiler], logger=False,
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=6, max_steps=80, callbacks=[profiler], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(CNN(width=8, depth=1), Data())
+    if kind == "straggler":
+        trainer.fit(CNN(width=8, depth=1), Data())
+    else:
+        trainer.fit(Wide(), Digits(batch_size=2))
     (folder / f"rank{trainer.global_rank}.json").write_text(profiler.report.to_json())
 
 
