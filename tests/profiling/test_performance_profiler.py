@@ -263,3 +263,20 @@ def test_the_same_training_with_it_and_without_it(make_trainer):
 
 def test_what_is_injected_is_in_the_catalogue_of_causes():
     assert {cause for cause, _ in CASES} <= set(CAUSES)
+
+
+def test_it_stands_beside_the_techniques(make_trainer, tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    from lightning_optcore.callbacks import KnowledgeDistillation, PostTrainingQuantization, StructuredPruning
+
+    quantization = PostTrainingQuantization(rounds=2, batch_sizes=(1,))
+    pruning = StructuredPruning(target_params=0.7, criterion="l2", start_epoch=1)
+    callback = profiler()
+    make_trainer(KnowledgeDistillation(), pruning, EMAWeightAveraging(), quantization, callback, max_epochs=3).fit(
+        CNN(width=8, depth=2), Digits()
+    )
+    assert quantization.error is None
+    assert pruning.left["params"] <= 0.7
+    assert callback.report.steps == 60
+    assert callback.report.details["StructuredPruning"] > 0
