@@ -9,6 +9,7 @@ the differences, not the milliseconds.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import multiprocessing
 import os
@@ -127,13 +128,25 @@ class _Clock(Callback):
 
 def loop(options: argparse.Namespace) -> None:
     """Time whole fits with each alternative, in turns, paired with no profiler."""
+    # Without its server TraceML does nothing.
+    server = subprocess.Popen(
+        [str(Path(sys.executable).parent / "traceml"), "serve"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    time.sleep(5)
+    try:
+        _loop(options)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _loop(options: argparse.Namespace) -> None:
     for title, width, batch, steps in (("MLP, short steps", 64, 16, 600), ("MLP, longer steps", 768, 64, 150)):
         times: dict[str, list[float]] = {}
-        for turn in range(options.rounds):
+        for _ in range(options.rounds):
             for name, make in _alternatives().items():
-                seconds = _timed(make, width, batch, steps)
-                if turn:  # the first round warms up
-                    times.setdefault(name, []).append(seconds / steps * 1e6)
+                seconds = _in_child(functools.partial(_timed, make, width, batch, steps))
+                times.setdefault(name, []).append(seconds / steps * 1e6)
         base = times["no profiler"]
         rows = [
             (
@@ -157,6 +170,7 @@ def _alternatives() -> dict[str, Callable[[str], dict[str, Any]]]:
             "callbacks": [PerformanceProfiler(live=False, output_dir=folder, mode="light")]
         },
         "an empty Callback": lambda _: {"callbacks": [Empty()]},
+        "TraceML, its callback alone": lambda _: {"callbacks": [_traceml()]},
         "SimpleProfiler": lambda folder: {"profiler": SimpleProfiler(folder, "simple")},
         "AdvancedProfiler": lambda folder: {"profiler": AdvancedProfiler(folder, "advanced")},
         "PyTorchProfiler": lambda folder: {"profiler": PyTorchProfiler(folder, "torch", export_to_chrome=False)},
@@ -169,6 +183,28 @@ def _alternatives() -> dict[str, Callable[[str], dict[str, Any]]]:
             "logger": CSVLogger(folder),
         },
     }
+
+
+def _traceml() -> Callback:
+    from traceml_ai.integrations import lightning as traceml
+
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
+    traceml.init()
+    return traceml.TraceMLCallback()
+
+
+def _in_child(function: Callable[[], Any]) -> Any:
+    """Call a function in a process of its own: TraceML patches torch, and none inherits another's memory or threads."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=lambda: there.send(function()))
+    process.start()
+    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+    there.close()
+    try:
+        return here.recv()
+    finally:
+        process.join()
 
 
 def _timed(make: Callable[[str], dict[str, Any]], width: int, batch: int, steps: int) -> float:
@@ -257,25 +293,16 @@ def _with(make: Callable[[str], Case], clock: _Clock) -> Callable[[str], Case]:
 
 
 def _apart(make: Callable[[str], Case], seed: int) -> ProfileReport:
-    """Run a case in a process of its own, so that none inherits another's memory or threads."""
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
+    """Run a case in a process of its own."""
 
-    def child() -> None:
+    def profiled() -> str:
         report = run(make, seed)
         clock = getattr(make, "clock", None)
         if clock is not None:
             report.system["independent_seconds"] = clock.seconds
-        there.send(report.to_json())
+        return report.to_json()
 
-    process = context.Process(target=child)
-    process.start()
-    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
-    there.close()
-    try:
-        return ProfileReport.from_json(here.recv())
-    finally:
-        process.join()
+    return ProfileReport.from_json(_in_child(profiled))
 
 
 def diagnosis(options: argparse.Namespace) -> None:
@@ -377,29 +404,24 @@ def memory(options: argparse.Namespace) -> None:
     """Fit 100,000 steps with the profiler and without it; compare how the process grows."""
     rows = []
     for name, make in list(_alternatives().items())[:2]:
-        context = multiprocessing.get_context("fork")
-        here, there = context.Pipe()
-
-        def child(make: Callable[[str], dict[str, Any]] = make, there: Any = there) -> None:
-            process, sizes = psutil.Process(), []
-
-            class Size(Callback):
-                def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-                    if trainer.global_step in (1_000, 99_999):
-                        sizes.append(process.memory_info().rss)
-
-            with tempfile.TemporaryDirectory() as folder:
-                settings = make(folder)
-                callbacks = [*settings.pop("callbacks", []), Size()]
-                trainer = _trainer(callbacks=callbacks, max_steps=100_000, default_root_dir=folder)
-                trainer.fit(Network(8, 1), loader_of(Samples(100_000), 1))
-            there.send((sizes[-1] - sizes[0]) / 1e6)
-
-        process = context.Process(target=child)
-        process.start()
-        rows.append((name, f"{here.recv():.2f}"))
-        process.join()
+        rows.append((name, f"{_in_child(functools.partial(_growth, make)):.2f}"))
     _print(("100,000 steps", "MB grown after the first 1,000"), rows)
+
+
+def _growth(make: Callable[[str], dict[str, Any]]) -> float:
+    process, sizes = psutil.Process(), []
+
+    class Size(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step in (1_000, 99_999):
+                sizes.append(process.memory_info().rss)
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = make(folder)
+        callbacks = [*settings.pop("callbacks", []), Size()]
+        trainer = _trainer(callbacks=callbacks, max_steps=100_000, default_root_dir=folder)
+        trainer.fit(Network(8, 1), loader_of(Samples(100_000), 1))
+    return (sizes[-1] - sizes[0]) / 1e6
 
 
 def _print(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

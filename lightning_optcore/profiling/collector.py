@@ -151,10 +151,11 @@ class Collector(Profiler):
 
     def rows(self) -> np.ndarray:
         """Return the marks that are kept, oldest first: (marks, HEAD + NUM_SLOTS) nanoseconds, running totals."""
-        table = np.frombuffer(bytes(self.buffer), dtype=np.int64).reshape(self.capacity, -1)
-        if self.steps <= self.capacity:
-            return table[: self.steps]
-        return np.roll(table, -(self.steps % self.capacity), axis=0)
+        steps = self.steps
+        table = np.frombuffer(self.buffer, dtype=np.int64).reshape(self.capacity, -1)
+        if steps <= self.capacity:
+            return table[:steps].copy()
+        return np.roll(table, -(steps % self.capacity), axis=0)
 
     def snapshot(self) -> list[int]:
         """Return the running totals of the slots at this moment, in nanoseconds."""

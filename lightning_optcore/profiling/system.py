@@ -137,9 +137,9 @@ class Sampler:
 
     def table(self) -> dict[str, np.ndarray]:
         """Return the samples that are kept, oldest first, by column."""
-        rows = np.frombuffer(bytes(self._buffer), dtype=np.float64).reshape(self.capacity, -1)
+        rows = np.frombuffer(self._buffer, dtype=np.float64).reshape(self.capacity, -1)
         if self.samples <= self.capacity:
-            rows = rows[: self.samples]
+            rows = rows[: self.samples].copy()
         else:
             rows = np.roll(rows, -(self.samples % self.capacity), axis=0)
         return {name: rows[:, i] for i, name in enumerate(COLUMNS)}
