@@ -229,10 +229,11 @@ def _trainer(**settings: Any) -> Trainer:
 
 
 def sampler(options: argparse.Namespace) -> None:
-    """Take the sampler thread's own CPU time beside a busy training thread, with and without workers."""
+    """Take the CPU time of the sampler's thread and of its ticks in a busy thread, with and without workers."""
 
     class Measured(Sampler):
         cpu = 0.0
+        inline = 0.0
 
         def _sample(self, seldom: bool) -> None:
             super()._sample(seldom)
@@ -245,10 +246,16 @@ def sampler(options: argparse.Namespace) -> None:
         with neighbours_as_workers(count):
             measured = Measured(0.1)
             measured.start()
+            measured.relax()
             start = time.perf_counter()
             while time.perf_counter() - start < 20:
-                matrix @ matrix
-            seconds, cpu = time.perf_counter() - start, measured.cpu
+                for _ in range(10):  # a step of some milliseconds
+                    matrix @ matrix
+                if time.perf_counter_ns() >= measured.due:
+                    before = time.thread_time()
+                    measured.tick()
+                    measured.inline += time.thread_time() - before
+            seconds, cpu = time.perf_counter() - start, measured.cpu + measured.inline
             measured.close()
         rows.append((f"{count} workers", f"{100 * cpu / seconds:.3f}%", f"{measured.samples}", f"{measured.dropped}"))
     _print(("sampler at 10 Hz", "of a core", "samples", "dropped"), rows)

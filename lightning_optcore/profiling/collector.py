@@ -27,6 +27,7 @@ from lightning_optcore.profiling.phases import (
     TRANSFER,
     phase_of,
 )
+from lightning_optcore.profiling.system import Sampler
 
 # Columns before the slots: time, CPU time of the training thread, CPU time of it while it waited for data.
 HEAD = 3
@@ -86,6 +87,8 @@ class Collector(Profiler):
         self.buffer = bytearray(_ROW.size * capacity)
         self.steps = 0
         self.device = device
+        # Takes a sample of the system between two steps, when one is due.
+        self.sampler: Sampler | None = None
         self.data_cpu = 0
         self._cpu_at_fetch = 0
         super().__init__()
@@ -148,6 +151,8 @@ class Collector(Profiler):
         self.steps += 1
         if self.device is not None:
             self.device.collect()
+        if self.sampler is not None and now >= self.sampler.due:
+            self.sampler.tick()
 
     def rows(self) -> np.ndarray:
         """Return the marks that are kept, oldest first: (marks, HEAD + NUM_SLOTS) nanoseconds, running totals."""

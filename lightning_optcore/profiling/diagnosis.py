@@ -200,7 +200,9 @@ def launch_overhead(evidence: Evidence, limits: Thresholds) -> Finding | None:
         text = f"the device has work {idle:.0%} of the time, while the CPU spends it calling operations"
         return _finding(evidence, "launch_overhead", FORWARD, 1 - idle, 0.5, text) if idle < 0.5 else None
     small = 0 < made.batch_size <= limits.small_batch
-    dominated = max(evidence.share[phase] for phase in evidence.share if phase not in (FORWARD, BACKWARD)) > 0.4
+    # By the median: in a run of a second one hiccup can be 40% of the time.
+    others = [evidence.p50_ms[phase] for phase in evidence.p50_ms if phase not in (FORWARD, BACKWARD)]
+    dominated = max(others) > 0.4 * evidence.step_ms
     if evidence.stage != "fit" or not small or evidence.step_ms > limits.short_step_ms or dominated:
         return None
     text = f"a step of {made.batch_size} samples takes {evidence.step_ms:.3g} ms, most of it independent of the samples"

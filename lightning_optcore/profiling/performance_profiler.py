@@ -220,6 +220,7 @@ class _Run:
         self._overrides: Overrides | None = None
         self._lock = threading.Lock()
         if detailed:
+            self.probes.collector.sampler = self.sampler
             self.sampler.start()
 
     def begin(self) -> None:
@@ -341,6 +342,8 @@ class _Run:
             return
         try:
             self._looked = now
+            # The first verdict is out: no need to wake ten times a second for it any more.
+            self.sampler.relax()
             self.options.report = self._report()
             if self._line is not None:
                 self._line.show(self.options.report)

@@ -104,7 +104,7 @@ def _of_logging(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[A
     why = f"the loggers write every {facts.log_every_n_steps} steps"
     left = finding.share * facts.log_every_n_steps / less
     high = 1 / (1 - finding.share + left)
-    return [Advice(TRAINER, "log_every_n_steps", less, (_low(high), high * 1.2), why)]
+    return [Advice(TRAINER, "log_every_n_steps", less, _range(high), why)]
 
 
 def _of_validation(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
@@ -112,14 +112,14 @@ def _of_validation(finding: Finding, evidence: Evidence, facts: RunFacts) -> lis
     whole = isinstance(often, float) and often >= 1.0
     every = 4
     high = 1 / (1 - finding.share * (1 - 1 / every))
-    gain = (_low(high), high * 1.2)
+    gain = _range(high)
     if whole:
         epochs = every * (facts.check_val_every_n_epoch or 1)
         return [Advice(TRAINER, "check_val_every_n_epoch", epochs, gain, "validation runs after every epoch")]
     value: float = often * every if isinstance(often, int) else min(1.0, often * every)
     if isinstance(often, float) and value < often * every:
         high = 1 / (1 - finding.share * (1 - often / value))
-        gain = (_low(high), high * 1.2)
+        gain = _range(high)
     return [Advice(TRAINER, "val_check_interval", value, gain, f"validation runs at intervals of {often}")]
 
 
@@ -129,7 +129,7 @@ def _of_checkpoints(finding: Finding, evidence: Evidence, facts: RunFacts) -> li
     value = facts.checkpoint_every * 50
     high = 1 / (1 - finding.share * (1 - 1 / 50))
     why = f"a checkpoint is written every {facts.checkpoint_every} steps"
-    return [Advice("ModelCheckpoint", "every_n_train_steps", value, (_low(high), high * 1.2), why)]
+    return [Advice("ModelCheckpoint", "every_n_train_steps", value, _range(high), why)]
 
 
 def _of_callbacks(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
@@ -138,7 +138,7 @@ def _of_callbacks(finding: Finding, evidence: Evidence, facts: RunFacts) -> list
     high = 1 / (1 - share)
     if "." in name:
         return [Advice("", f"a cheaper {name}", None, (1.0, high), f"the module's own hook takes {share:.0%}")]
-    return [Advice(name, "", None, (_low(high), high * 1.2), f"{name} takes {share:.0%} of the time")]
+    return [Advice(name, "", None, _range(high), f"{name} takes {share:.0%} of the time")]
 
 
 def _of_config(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
@@ -186,12 +186,16 @@ def _of_communication(finding: Finding, evidence: Evidence, facts: RunFacts) -> 
     batches = 4 * evidence.accumulate
     high = 1 / (1 - finding.share * (1 - evidence.accumulate / batches))
     why = "gradients travel once for several batches; the batch grows by that, and the learning rate may have to follow"
-    return [Advice(TRAINER, "accumulate_grad_batches", batches, (_low(high), high * 1.2), why)]
+    return [Advice(TRAINER, "accumulate_grad_batches", batches, _range(high), why)]
 
 
-def _low(high: float) -> float:
-    """Return the low end of a gain whose share was measured: half of it in the logarithm."""
-    return math.sqrt(high)
+def _range(gain: float) -> tuple[float, float]:
+    """Return the gain to expect where Amdahl's law says ``gain``.
+
+    At the low end half of it, in the logarithm. At the high end more than it: what is taken out no longer empties the
+    caches for the rest of the step (up to a third more, in the logarithm, in ``benchmarks/profiling.py``).
+    """
+    return math.sqrt(gain), gain**1.35
 
 
 _ADVICE: dict[str, Callable[[Finding, Evidence, RunFacts], list[Advice]]] = {

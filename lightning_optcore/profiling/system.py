@@ -1,4 +1,8 @@
-"""One thread that reads what the operating system knows of this process, its workers, and the machine.
+"""What the operating system knows of this process, its workers, and the machine, ten times a second.
+
+To wake a thread costs more than what it then reads. So the training thread takes the samples itself, between two steps,
+whenever one is due; the sampler's own thread wakes once a second for what is read seldom, and only takes over where the
+steps are too long to keep the interval.
 
 Where there is /proc its files are opened once and read again in place, a few microseconds each; elsewhere psutil is
 asked for the little that it knows everywhere.
@@ -13,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from time import perf_counter, process_time, sleep
+from time import perf_counter, perf_counter_ns, process_time, sleep
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,8 +55,9 @@ COLUMNS = (
 )
 _INDEX = {name: i for i, name in enumerate(COLUMNS)}
 _ROW = struct.Struct(f"{len(COLUMNS)}d")
-# What is read every tenth time only: it is dear, or moves slowly.
-_SELDOM = 10
+# What is dear to read, or moves slowly.
+_SELDOM_SECONDS = 1.0
+_NEVER = 1 << 62
 
 
 class Reader(Protocol):
@@ -69,7 +74,7 @@ class Reader(Protocol):
 
 
 class Sampler:
-    """Samples the system in a thread of its own.
+    """Samples the system, from a thread of its own and from whoever calls :meth:`tick`.
 
     Args:
         interval: Seconds between two samples.
@@ -95,11 +100,14 @@ class Sampler:
         self.capacity = capacity
         self.samples = 0
         self.dropped = 0
+        # perf_counter_ns() from which on a tick samples.
+        self.due = _NEVER
         self.failures: dict[str, str] = {}
         self._readers = readers
         self._on_sample = on_sample
         self._buffer = bytearray(_ROW.size * capacity)
         self._row = [0.0] * len(COLUMNS)
+        self._relaxed = False
         self._lock = threading.Lock()
         # The thread that may sample; one that was stopped finds another here, or none, and ends.
         self._thread: threading.Thread | None = None
@@ -126,6 +134,19 @@ class Sampler:
                 return
             self._thread = None
             self._sample(seldom=True)
+            self.due = _NEVER
+
+    def tick(self) -> None:
+        """Sample, if the sampler's thread is not just doing so; to be called when ``due`` has passed."""
+        if self._thread is not None and self._lock.acquire(blocking=False):
+            try:
+                self._sample(seldom=False)
+            finally:
+                self._lock.release()
+
+    def relax(self) -> None:
+        """Leave the interval to those who call :meth:`tick`, as long as they keep it."""
+        self._relaxed = True
 
     def close(self) -> None:
         """Stop, and close the files."""
@@ -146,29 +167,32 @@ class Sampler:
 
     def _run(self) -> None:
         me = threading.current_thread()
-        due = perf_counter() + self.interval
-        seldom_every = max(1, min(_SELDOM, round(1 / self.interval)))
-        count = 0
+        often = True
+        last_seldom = perf_counter()
         while True:
-            # An Event to wait on would end the thread sooner, and costs twice as much at every sample.
-            sleep(max(due - perf_counter(), 0.0))
+            # An Event to wait on would end the thread sooner, and costs twice as much each time.
+            sleep(self.interval if often else max(_SELDOM_SECONDS, self.interval))
             with self._lock:
                 if self._thread is not me:
                     return
-                count += 1
-                self._sample(seldom=count % seldom_every == 0)
+                kept = perf_counter() - self._row[0] < 2 * self.interval
+                seldom = perf_counter() - last_seldom >= _SELDOM_SECONDS * 0.99
+                if seldom or not (kept and self._relaxed):
+                    self._sample(seldom)
+                if seldom:
+                    last_seldom = perf_counter()
+                often = not (kept and self._relaxed)
             if self._on_sample is not None:
                 self._on_sample()
-            due += self.interval
-            late = perf_counter() - due
-            if late > 0:
-                missed = int(late / self.interval) + 1
-                self.dropped += missed
-                due += missed * self.interval
 
     def _sample(self, seldom: bool) -> None:
         row = self._row
-        row[0] = perf_counter()
+        now = perf_counter_ns()
+        self.due = now + round(self.interval * 1e9)
+        if self.samples:
+            # A thread that gets no core in time, or steps that are long: what was left out is counted.
+            self.dropped += max(0, int((now / 1e9 - row[0]) / self.interval) - 1)
+        row[0] = now / 1e9
         for reader in self._readers or []:
             try:
                 reader.often(row)
