@@ -13,6 +13,7 @@ import functools
 import logging
 import multiprocessing
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -45,6 +46,7 @@ from lightning_optcore.profiling.system import Sampler
 CONSOLE = Console(width=130)
 # glibc gives large blocks back and takes them anew at every step otherwise, or not, as it happens.
 _MALLOC = {f"MALLOC_{name}_": str(1 << 30) for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD")}
+_QUICK = ("no profiler", "PerformanceProfiler", "PerformanceProfiler, light", "an empty Callback", "SimpleProfiler")
 _DATA_CAUSES = ("data.latency", "data.cpu", "data.workers", "data.disk", "data.collate")
 
 
@@ -64,6 +66,8 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, action="append")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--cause", action="append", help="of the diagnosis: this cause alone, and no healthy run")
+    parser.add_argument("--quick", action="store_true", help="of the loop's alternatives those that cost little")
     options = parser.parse_args()
     if not set(_MALLOC) <= set(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_MALLOC})
@@ -141,10 +145,13 @@ def loop(options: argparse.Namespace) -> None:
 
 
 def _loop(options: argparse.Namespace) -> None:
-    for title, width, batch, steps in (("MLP, short steps", 64, 16, 600), ("MLP, longer steps", 768, 64, 150)):
+    for title, width, batch, steps in (("MLP, short steps", 64, 16, 1500), ("MLP, longer steps", 768, 64, 300)):
         times: dict[str, list[float]] = {}
-        for _ in range(options.rounds):
-            for name, make in _alternatives().items():
+        for turn in range(options.rounds):
+            alternatives = [(n, m) for n, m in _alternatives().items() if not options.quick or n in _QUICK]
+            # Who comes after whom makes a difference on a shared machine.
+            random.Random(turn).shuffle(alternatives)
+            for name, make in alternatives:
                 seconds = _in_child(functools.partial(_timed, make, width, batch, steps))
                 times.setdefault(name, []).append(seconds / steps * 1e6)
         base = times["no profiler"]
@@ -154,7 +161,7 @@ def _loop(options: argparse.Namespace) -> None:
                 f"{statistics.median(taken):.0f}",
                 f"{statistics.median([a - b for a, b in zip(taken, base, strict=True)]):+.0f}",
             )
-            for name, taken in times.items()
+            for name, taken in sorted(times.items(), key=lambda item: statistics.median(item[1]))
         ]
         _print((title, "us a step, median", "over no profiler, paired"), rows)
 
@@ -318,13 +325,15 @@ def diagnosis(options: argparse.Namespace) -> None:
     wrong: list[str] = []
     for seed in range(options.seeds):
         for (cause, half), make in CASES.items():
+            if options.cause and cause not in options.cause:
+                continue
             primary = _apart(make, seed).primary.cause
             said[half].append((cause, primary))
             if primary != cause:
                 wrong.append(f"{cause} {half}, seed {seed}: {primary}")
     alarms, healthy_runs = [], 0
     for seed in range(options.seeds):
-        for i, (name, make) in enumerate(HEALTHY.items()):
+        for i, (name, make) in enumerate(HEALTHY.items() if not options.cause else ()):
             # One neighbour on the other core disturbs, but takes nothing away.
             with neighbours(1 if i % 2 else 0):
                 primary = _apart(make, seed).primary.cause
@@ -337,9 +346,8 @@ def diagnosis(options: argparse.Namespace) -> None:
         named = sum(primary not in ("healthy", "inconclusive") for _, primary in pairs)
         loading = [(cause, primary) for cause, primary in pairs if cause in _DATA_CAUSES]
         inside = sum(cause == primary for cause, primary in loading)
-        rows.append((
-            half, str(len(pairs)), f"{hits / named:.3f}", f"{hits / len(pairs):.3f}", f"{inside / len(loading):.3f}"
-        ))  # fmt: skip
+        shares = (hits / max(named, 1), hits / len(pairs), inside / max(len(loading), 1))
+        rows.append((half, str(len(pairs)), *(f"{share:.3f}" for share in shares)))
     _print(("half", "runs", "precision", "recall", "cause within data loading"), rows)
     print(f"false alarms: {len(alarms)} of {healthy_runs} healthy runs, half of them beside a busy process")
     for text in [*wrong, *alarms]:
@@ -361,13 +369,16 @@ def first_verdict(options: argparse.Namespace) -> None:
             if self.seen is None and self.profiler.report is not None:
                 self.seen = (batch_idx - 5, time.perf_counter() - self.start)
 
-    rows = []
-    for width, batch in ((64, 16), (768, 64), (3072, 64)):
+    def looked(width: int, batch: int) -> tuple[str, str, str]:
         profiler = PerformanceProfiler(live=False, output_dir=tempfile.mkdtemp())
         look = Look(profiler)
         _trainer(callbacks=[profiler, look], max_steps=200).fit(Network(width, 3), loader_of(batch_size=batch))
+        assert profiler.report is not None
         steps, seconds = look.seen or (-1, -1.0)
-        rows.append((f"width {width}, {profiler.report.step_ms['p50']:.3g} ms a step", str(steps), f"{seconds:.2f}"))  # type: ignore[union-attr]
+        return f"width {width}, {profiler.report.step_ms['p50']:.3g} ms a step", str(steps), f"{seconds:.2f}"
+
+    # Never in this process: what it trained here would be memory that the children need not ask for.
+    rows = [_in_child(functools.partial(looked, *sizes)) for sizes in ((64, 16), (768, 64), (3072, 64))]
     _print(("network", "steps to the first verdict", "seconds"), rows)
 
 
