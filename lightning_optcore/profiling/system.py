@@ -85,7 +85,7 @@ class Sampler:
     Example:
         >>> sampler = Sampler(interval=0.01)
         >>> sampler.start(); sampler.stop()
-        >>> sampler.table()["rss"][0] > 0
+        >>> bool(sampler.table()["rss"][0] > 0)
         True
     """
 
