@@ -22,10 +22,10 @@ from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.recording import recorded_run
+from lightning_optcore.jobs.reporting import report_of
 from lightning_optcore.profiling.overrides import composed_by_hydra
 from lightning_optcore.profiling.profile_report import ProfileReport, Recommendation
 from lightning_optcore.profiling.summary import summary_text
-from lightning_optcore.report.html import write_run_report
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,13 @@ def run(config: DictConfig) -> None:
         model = instance_of(LightningModule, "model", instantiate(_own(config).model))
         recording.update(model_fingerprint=model_fingerprint(model, OmegaConf.to_container(config.model, resolve=True)))
         first = _profiled(config, output_dir, recording.profile)
-        recording.profile(first.report)
         console.print(summary_text(first.report))
         if config.apply:
             _apply(config, first, output_dir, console)
         recording.finish("done")
-        stored = recording.read_back()
-        if config.report.enabled and stored is not None:
-            try:
-                page = write_run_report(
-                    stored.run,
-                    stored.curves,
-                    output_dir / "report.html",
-                    profiles=stored.profiles,
-                    history=stored.history,
-                    assets_dir=Path(config.paths.output_root),
-                    self_contained=config.report.self_contained,
-                )
-                console.print(f"  report  {page}")
-            except ModuleNotFoundError as error:
-                console.print(f"no report: {error}")
+        page = report_of(config, recording, output_dir)
+        if page is not None:
+            console.print(f"  report  {page}")
 
 
 def _own(config: DictConfig) -> DictConfig:
@@ -92,7 +79,13 @@ def _profiled(config: DictConfig, folder: Path, *listeners: Callable[[ProfileRep
         "max_time": _duration(config.seconds),
     }
     trainer = trainer_of(config, callbacks, **limits)
-    trainer.fit(model, datamodule=data)
+    try:
+        trainer.fit(model, datamodule=data)
+    except BaseException:
+        # Also of a run that broke off: what was seen is what the user came for.
+        if "fit" in profiler.reports:
+            print(summary_text(profiler.reports["fit"]))
+        raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     report = profiler.reports.get("fit")

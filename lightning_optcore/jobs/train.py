@@ -22,14 +22,13 @@ from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.objective import objective_values, parse_objective
 from lightning_optcore.jobs.own_classes import with_own_defaults
-from lightning_optcore.jobs.recording import Recording, RunRecorder, recorded_run
+from lightning_optcore.jobs.recording import RunRecorder, recorded_run
+from lightning_optcore.jobs.reporting import report_of
 from lightning_optcore.measurement.comparison import compare, summary_table
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.measurement.quality import validate
 from lightning_optcore.measurement.yardstick import measure
-from lightning_optcore.profiling.profile_report import ProfileReport
-from lightning_optcore.report.html import write_run_report
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +59,6 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
             trainer.test(model, datamodule=data, verbose=False)
             quality.update(_floats(trainer.callback_metrics))
 
-        for profile in _profiles(callbacks):
-            recording.profile(profile)
         measurements = _measurements(callbacks) or _measured(config, model, data, quality)
         for role, measurement in measurements.items():
             recording.measurement(role, measurement)
@@ -73,7 +70,7 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
         values = objective_values(objective, known)
         recording.finish("done")
     if trainer.is_global_zero:
-        report = _report(config, recording, output_dir)
+        report = report_of(config, recording, output_dir)
         _summarise(config, measurements, callbacks, output_dir, report)
     return values
 
@@ -92,10 +89,6 @@ def _measurements(callbacks: list[Callback]) -> dict[str, Measurement]:
     """Return before and after of the techniques: the first one's original, the last one's artifact."""
     done = [callback for callback in callbacks if getattr(callback, "after", None) is not None]
     return {"before": done[0].before, "after": done[-1].after} if done else {}  # type: ignore[attr-defined]
-
-
-def _profiles(callbacks: list[Callback]) -> list[ProfileReport]:
-    return [report for callback in callbacks for report in getattr(callback, "reports", {}).values()]
 
 
 def _artifacts(callbacks: list[Callback]) -> list[Any]:
@@ -124,25 +117,6 @@ def _check_callbacks(callbacks: list[Callback]) -> None:
         error = getattr(callback, "error", None)
         if error is not None:
             raise ConfigurationError(error)
-
-
-def _report(config: DictConfig, recording: Recording, output_dir: Path) -> Path | None:
-    stored = recording.read_back()
-    if not config.report.enabled or stored is None:
-        return None
-    try:
-        return write_run_report(
-            stored.run,
-            stored.curves,
-            output_dir / "report.html",
-            profiles=stored.profiles,
-            history=stored.history,
-            assets_dir=Path(config.paths.output_root),
-            self_contained=config.report.self_contained,
-        )
-    except ModuleNotFoundError as error:
-        log.warning("no report: %s", error)
-        return None
 
 
 def _summarise(

@@ -81,10 +81,6 @@ class LoaderTimes:
         total = table.sum(dim=0).tolist()
         return cls(int(total[0]), *(value / 1e9 for value in total[1:]))
 
-    def since(self, earlier: LoaderTimes) -> LoaderTimes:
-        """Return what was added after an earlier reading."""
-        return LoaderTimes(*(a - b for a, b in zip(vars(self).values(), vars(earlier).values(), strict=True)))
-
 
 class LoaderClock:
     """Times the loaders that it is shown, until it is taken off."""

@@ -19,11 +19,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_optcore.files import write_atomically
 from lightning_optcore.profiling.audit import audit
 from lightning_optcore.profiling.diagnosis import diagnose
 from lightning_optcore.profiling.evidence import WARM_UP_STEPS, Audited, Evidence, LoaderFacts, RankEvidence, gather
 from lightning_optcore.profiling.live import LiveLine
-from lightning_optcore.profiling.loader_clock import LoaderTimes
 from lightning_optcore.profiling.overrides import Overrides
 from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, FORWARD, PHASES
 from lightning_optcore.profiling.probes import Probes
@@ -61,7 +61,7 @@ class PerformanceProfiler(Callback):
     Attributes:
         report: The :class:`~lightning_optcore.profiling.profile_report.ProfileReport`, during the run and after it.
         reports: The last report of each of ``fit``, ``validate``, ``test`` and ``predict``.
-        listeners: Functions that are called with every report while it runs, in the sampler's thread.
+        listeners: Functions that are called with every report: in the sampler's thread while it runs, and at the end.
 
     Raises:
         MisconfigurationException: If an option makes no sense, or there are two of these callbacks.
@@ -93,7 +93,7 @@ class PerformanceProfiler(Callback):
         self.trace = trace
         self.report: ProfileReport | None = None
         self.reports: dict[str, ProfileReport] = {}
-        # Called in the sampler's thread with every report while it runs.
+        # Called with every report: in the sampler's thread while it runs, and with the last one.
         self.listeners: list[Callable[[ProfileReport], None]] = []
         self._run: _Run | None = None
 
@@ -173,9 +173,18 @@ class PerformanceProfiler(Callback):
         self.reports[run.stage] = self.report
         if not trainer.is_global_zero:
             return
+        self.announce(self.report)
         self._write(trainer, run)
         _to_loggers(trainer, self.report)
         rank_zero_info(summary_text(self.report))
+
+    def announce(self, report: ProfileReport) -> None:
+        """Give a report to the listeners; the failure of one is not the run's."""
+        for listener in self.listeners:
+            try:
+                listener(report)
+            except Exception as error:
+                log.warning("%s: a listener took no report (%s: %s)", KEY, type(error).__name__, error)
 
     def _write(self, trainer: Any, run: _Run) -> None:
         assert self.report is not None
@@ -187,9 +196,7 @@ class PerformanceProfiler(Callback):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for file, text in files.items():
-                temporary = folder / f".{file}.part"
-                temporary.write_text(text)
-                temporary.replace(folder / file)
+                write_atomically(folder / file, text)
         except OSError as error:
             rank_zero_warn(f"{KEY}.output_dir={folder}: {error.strerror}; the report is in callback.report alone")
 
@@ -211,7 +218,6 @@ class _Run:
         self.cpu_at_begin = 0.0
         # What DDP measured: it is gone when the strategy unwraps the model.
         self.communication_ms: float | None = None
-        self.before = LoaderTimes()
         self.ranks: list[RankEvidence] = []
         self.notes: list[str] = []
         self.audited: list[Audited] = []
@@ -295,7 +301,7 @@ class _Run:
             num_workers=getattr(loader, "num_workers", 0),
             batch_size=_batch_size(loader),
             torch_threads=torch.get_num_threads(),
-            times=self.probes.loaders.times().since(self.before),
+            times=self.probes.loaders.times(),
         )
         evidence = gather(
             self.probes.collector,
@@ -341,16 +347,18 @@ class _Run:
         if not due or not self._lock.acquire(blocking=False):
             return
         try:
+            if not self.sampler.running:
+                return  # The last report is made: this one must not take its place.
             self._looked = now
             # The first verdict is out: no need to wake ten times a second for it any more.
             self.sampler.relax()
             self.options.report = self._report()
             if self._line is not None:
                 self._line.show(self.options.report)
-            for listener in self.options.listeners:
-                listener(self.options.report)
-        except Exception:
+            self.options.announce(self.options.report)
+        except Exception as error:
             log.debug("no look", exc_info=True)
+            self.notes.append(f"no verdict after {steps} steps: {type(error).__name__}: {error}")
         finally:
             self._lock.release()
 

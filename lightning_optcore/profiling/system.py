@@ -53,7 +53,6 @@ COLUMNS = (
     "gpu_temperature",  # degrees Celsius now
     "gpu_power",  # watts now, all GPUs
 )
-_INDEX = {name: i for i, name in enumerate(COLUMNS)}
 _ROW = struct.Struct(f"{len(COLUMNS)}d")
 # What is dear to read, or moves slowly.
 _SELDOM_SECONDS = 1.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lightning_optcore.files import write_atomically
 from lightning_optcore.measurement.comparison import Comparison, compare
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.report import figures, profile_figures
@@ -131,7 +131,7 @@ def _write(template: str, path: Path, assets_dir: str | Path | None, self_contai
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     values["plotly_tag"] = _plotly_tag(path, Path(assets_dir or path.parent), self_contained)
-    _write_atomically(path, environment.get_template(template).render(**values))
+    write_atomically(path, environment.get_template(template).render(**values))
     return path
 
 
@@ -142,21 +142,9 @@ def _plotly_tag(path: Path, assets_dir: Path, self_contained: bool) -> Markup:
     script = assets_dir / f"plotly-{offline.get_plotlyjs_version()}.min.js"
     if not script.exists():
         assets_dir.mkdir(parents=True, exist_ok=True)
-        _write_atomically(script, offline.get_plotlyjs())
+        write_atomically(script, offline.get_plotlyjs())
     relative = Path(os.path.relpath(script.resolve(), path.resolve().parent)).as_posix()
     return Markup('<script src="{}"></script>').format(quote(relative))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _rows(measurements: Mapping[str, Measurement]) -> list[tuple[str, list[str], str]]:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from lightning_optcore import Store
@@ -91,6 +96,33 @@ def test_a_train_run_keeps_its_profile_too(optcore, tmp_path):
         run = store.runs()[0]
         assert set(store.profiles(run.id)) == {"fit", "test"}
     assert "Profile of test" in (Path(run.directory) / "report.html").read_text()
+
+
+def test_an_interrupted_run_says_what_it_saw(tmp_path):
+    command = [sys.executable, "-m", "lightning_optcore.cli", "profile", "steps=1000000", "seconds=100"]
+    running = subprocess.Popen(
+        [*command, "model.width=4", "model.depth=1"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    path = tmp_path / "outputs" / "optcore.db"
+    try:
+        for _ in range(300):
+            time.sleep(0.2)
+            if path.exists():
+                with Store(path) as store:
+                    if store.runs() and store.profiles(store.runs()[0].id):
+                        break
+        running.send_signal(signal.SIGINT)
+        output, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    assert "Profile of fit:" in output
+    with Store(path) as store:
+        run = store.runs()[0]
+        kept = store.profiles(run.id)["fit"]["steps"]
+    assert run.status == "interrupted"
+    assert json.loads((Path(run.directory) / "profile.json").read_text())["steps"] == kept
 
 
 def test_wrong_lengths_are_named(optcore):

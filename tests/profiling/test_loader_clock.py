@@ -25,14 +25,11 @@ def slow_collate(samples):
     return default_collate(samples)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize(("num_workers", "context"), [(0, None), (2, "fork"), (2, "spawn")])
 def test_collating_is_told_from_fetching_wherever_it_happens(num_workers, context):
-    if num_workers == 0 and context == "spawn":
-        pytest.skip("no worker, no context")
     loader = DataLoader(
         Slow(), batch_size=4, collate_fn=slow_collate, num_workers=num_workers,
-        multiprocessing_context=context if num_workers else None,
+        multiprocessing_context=context,
     )  # fmt: skip
     clock = LoaderClock()
     clock.watch(loader)
