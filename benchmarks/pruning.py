@@ -13,8 +13,9 @@ import logging
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch_pruning as tp
 from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optcore import measure_alternatives
 from lightning_optcore.callbacks import KnowledgeDistillation, PostTrainingQuantization, StructuredPruning
@@ -53,7 +54,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--target-latency", type=float, default=0.53, help="of the layers in torch, for modules")
-    parser.add_argument("--only", help="this row and the dense one")
+    parser.add_argument("--only", nargs="*", help="these rows and the dense one")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--images", choices=("test", "validation"), default="test", help="what accuracy is taken on")
+    parser.add_argument("--dense-weights", type=Path, help="a folder that keeps the dense weights from run to run")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -63,7 +67,7 @@ def main() -> None:
     data = FashionMNIST()
     data.setup()
     results: dict[str, list[dict[str, float]]] = {}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name, figures in one_seed(seed, data, options).items():
             results.setdefault(name, []).append(figures)
         print(f"seed {seed} done", flush=True)
@@ -73,10 +77,7 @@ def main() -> None:
 
 def one_seed(seed: int, data: FashionMNIST, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Return the figures of every alternative for one seed."""
-    seed_everything(seed, verbose=False)
-    dense = CNN()
-    _trainer(max_epochs=options.epochs).fit(dense, data)
-    weights = {name: value.clone() for name, value in dense.state_dict().items()}
+    weights = _dense_weights(seed, data, options)
 
     def fresh() -> FineTuned:
         model = FineTuned()
@@ -111,12 +112,13 @@ def one_seed(seed: int, data: FashionMNIST, options: argparse.Namespace) -> dict
             KnowledgeDistillation(**DISTILLATION), StructuredPruning(**pruning)
         ),
     }
-    wanted = makers if options.only is None else {DENSE: makers[DENSE], options.only: makers[options.only]}
+    wanted = makers if options.only is None else {name: makers[name] for name in (DENSE, *options.only)}
     models = {name: make() for name, make in wanted.items()}
     images = torch.cat([batch for (batch, _), _ in zip(data.train_dataloader(), range(1), strict=False)])
     taken = measure_alternatives(models, images, batch_sizes=(1, 32), num_threads=1, rounds=options.rounds)
     whole = taken[DENSE]
-    accuracy = {name: accuracy_of(models[DENSE], model, data) for name, model in models.items()}
+    judged = data.test_dataloader() if options.images == "test" else data.val_dataloader()
+    accuracy = {name: accuracy_of(models[DENSE], model, judged) for name, model in models.items()}
     return {
         name: {
             "accuracy": accuracy[name],
@@ -130,11 +132,24 @@ def one_seed(seed: int, data: FashionMNIST, options: argparse.Namespace) -> dict
     }
 
 
-def accuracy_of(dense: FineTuned, alternative: Any, data: FashionMNIST) -> float:
-    """Return the accuracy on the 10,000 test images, through the model's own validation."""
+def _dense_weights(seed: int, data: FashionMNIST, options: argparse.Namespace) -> dict[str, Tensor]:
+    kept = options.dense_weights and options.dense_weights / f"epochs={options.epochs},seed={seed}.pt"
+    if kept and kept.exists():
+        return torch.load(kept, weights_only=True)
+    seed_everything(seed, verbose=False)
+    dense = CNN()
+    _trainer(max_epochs=options.epochs).fit(dense, data)
+    if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(dense.state_dict(), kept)
+    return {name: value.clone() for name, value in dense.state_dict().items()}
+
+
+def accuracy_of(dense: FineTuned, alternative: Any, images: Iterable[Any]) -> float:
+    """Return the accuracy on these labelled images, through the model's own validation."""
     if isinstance(alternative, nn.Module):
-        return validate(alternative, data.test_dataloader()).metrics["val/acc"]
-    outcome = validate(dense, data.test_dataloader(), replace="", replacement=alternative.runner(1))
+        return validate(alternative, images).metrics["val/acc"]
+    outcome = validate(dense, images, replace="", replacement=alternative.runner(1))
     assert outcome.replacement_calls > 0
     return outcome.metrics["val/acc"]
 

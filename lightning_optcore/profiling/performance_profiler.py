@@ -201,6 +201,15 @@ class PerformanceProfiler(Callback):
             rank_zero_warn(f"{KEY}.output_dir={folder}: {error.strerror}; the report is in callback.report alone")
 
 
+# Lightning passes over a hook that cannot be called; to call an empty one costs as much as all that is measured here.
+# A subclass may have one of its own.
+for _hook in (
+    *(f"on_{stage}_batch_{edge}" for stage in ("train", "validation", "test", "predict") for edge in ("start", "end")),
+    *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
+):
+    setattr(PerformanceProfiler, _hook, None)
+
+
 class _Run:
     """One fit, validate, test or predict under observation."""
 

@@ -365,7 +365,11 @@ def test_two_ranks_prune_the_same_and_resume(tmp_path):
     first, second, resumed, _ = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole0", "whole1", "resumed0", "resumed1")
     )
-    assert first["features.0.weight"].shape[0] < 16 or first["features.3.weight"].shape[0] < 16
+    # Which layers lose channels depends on latencies measured there and then; the total does not.
+    positions = {"features.0": 64, "features.3": 64, "features.6": 16, "features.9": 16}
+    macs = sum(first[f"{name}.weight"].numel() * outputs for name, outputs in positions.items())
+    whole = 9 * (64 * (1 * 16 + 16 * 16) + 16 * (16 * 32 + 32 * 32))
+    assert macs <= 0.505 * whole
     for other in (second, resumed):
         assert all(torch.equal(first[name], other[name]) for name in first if "acc" not in name)
 
