@@ -7,7 +7,7 @@ packed into a buffer that was allocated at the start; nothing is analysed here.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from threading import get_ident
 from time import perf_counter_ns, thread_time_ns
@@ -28,12 +28,15 @@ from lightning_optcore.profiling.phases import (
     phase_of,
 )
 from lightning_optcore.profiling.system import Sampler
+from lightning_optcore.profiling.worst_steps import WorstSteps
 
-# Columns before the slots: time, CPU time of the training thread, CPU time of it while it waited for data.
-HEAD = 3
+# Columns before the slots: time, CPU time of the training thread while it waited for data.
+HEAD = 2
 # One slot for each phase, the rest for the time of single callbacks.
 NUM_SLOTS = 45
-_ROW = struct.Struct(f"{HEAD + NUM_SLOTS}q")
+_ROW_BYTES = 8 * (HEAD + NUM_SLOTS)
+# To ask for a thread's CPU time costs a system call: of short steps only some are asked.
+_SHORT_NS, _ASK_EVERY = 5_000_000, 7
 _OTHER = PHASES.index(OTHER)
 ON_DEVICE = (TRANSFER, FORWARD, BACKWARD, OPTIMIZER)
 
@@ -55,6 +58,7 @@ class Collector(Profiler):
         inner: The profiler that the user gave the Trainer.
         resolve: Returns the object whose hook an action runs, or ``None``; the actions of hooks that nobody
             overrode are then not timed.
+        nested: Hooks that run inside an action of their own phase, and need not be timed again.
         capacity: Steps that are kept; older ones are overwritten.
         device: Times the phases on a device that works through a queue.
 
@@ -70,27 +74,35 @@ class Collector(Profiler):
         self,
         inner: Profiler | None = None,
         resolve: Callable[[str], Any] | None = None,
+        nested: Collection[str] = (),
         capacity: int = 8192,
         device: DeviceClock | None = None,
     ) -> None:
         self.inner = inner if inner is not None else PassThroughProfiler()
         self._forwards = type(self.inner).__name__ != "PassThroughProfiler"
         self._resolve = resolve
+        self._nested = nested
         self._timed: dict[str, AbstractContextManager[Any]] = {}
         self._lookup: dict[str, AbstractContextManager[Any]] = self._timed
         self.slots: list[tuple[str, str | None]] = [(phase, None) for phase in PHASES]
-        self.totals = [0] * NUM_SLOTS
+        self.totals = [0] * len(self.slots)
         self.stack: list[int] = []
         self._now = _Now(_OTHER, perf_counter_ns())
         self.thread = get_ident()
         self.capacity = capacity
-        self.buffer = bytearray(_ROW.size * capacity)
+        self.buffer = bytearray(_ROW_BYTES * capacity)
+        self._pack_into = struct.Struct(f"{HEAD + len(self.slots)}q").pack_into
         self.steps = 0
         self.device = device
         # Takes a sample of the system between two steps, when one is due.
         self.sampler: Sampler | None = None
+        # Records single steps in depth, when it was asked to.
+        self.recorder: WorstSteps | None = None
         self.data_cpu = 0
+        # How many fetches the next question for the CPU time stands for, and the answer at its beginning.
+        self._asks_for = 0
         self._cpu_at_fetch = 0
+        self._last_mark = 0
         super().__init__()
 
     def __getattr__(self, name: str) -> Any:
@@ -139,32 +151,41 @@ class Collector(Profiler):
         now = perf_counter_ns()
         self.totals[self._now.slot] += now - self._now.since
         self._now.since = now
-        self._cpu_at_fetch = thread_time_ns()
-        _ROW.pack_into(
-            self.buffer,
-            (self.steps % self.capacity) * _ROW.size,
-            now,
-            self._cpu_at_fetch,
-            self.data_cpu,
-            *self.totals,
-        )
-        self.steps += 1
+        steps = self.steps
+        self._pack_into(self.buffer, (steps % self.capacity) * _ROW_BYTES, now, self.data_cpu, *self.totals)
+        self.steps = steps + 1
+        if now - self._last_mark > _SHORT_NS:
+            self._asks_for = 1
+        else:
+            self._asks_for = 0 if steps % _ASK_EVERY else _ASK_EVERY
+        if self._asks_for:
+            self._cpu_at_fetch = thread_time_ns()
+        self._last_mark = now
         if self.device is not None:
             self.device.collect()
         if self.sampler is not None and now >= self.sampler.due:
             self.sampler.tick()
+        if self.recorder is not None:
+            self.recorder.mark(self.steps)
 
-    def rows(self) -> np.ndarray:
-        """Return the marks that are kept, oldest first: (marks, HEAD + NUM_SLOTS) nanoseconds, running totals."""
+    def rows(self, last: int | None = None) -> np.ndarray:
+        """Return the marks that are kept, oldest first: (marks, HEAD + NUM_SLOTS) nanoseconds, running totals.
+
+        Args:
+            last: At most so many, the newest.
+        """
         steps = self.steps
+        kept = min(steps, self.capacity, last if last is not None else steps)
+        return self.rows_of(np.arange(steps - kept, steps))
+
+    def rows_of(self, steps: np.ndarray) -> np.ndarray:
+        """Return the marks of these steps, which must be among those that are kept."""
         table = np.frombuffer(self.buffer, dtype=np.int64).reshape(self.capacity, -1)
-        if steps <= self.capacity:
-            return table[:steps].copy()
-        return np.roll(table, -(steps % self.capacity), axis=0)
+        return table[steps % self.capacity]
 
     def snapshot(self) -> list[int]:
         """Return the running totals of the slots at this moment, in nanoseconds."""
-        totals = list(self.totals)
+        totals = self.totals + [0] * (NUM_SLOTS - len(self.totals))
         totals[self._now.slot] += perf_counter_ns() - self._now.since
         return totals
 
@@ -211,11 +232,17 @@ class Collector(Profiler):
             return PHASES.index(phase)
         if (phase, detail) not in self.slots:
             self.slots.append((phase, detail))
+            self.totals.append(0)
+            self._pack_into = struct.Struct(f"{HEAD + len(self.slots)}q").pack_into
         return self.slots.index((phase, detail))
 
     def _span_of(self, action: str) -> AbstractContextManager[Any]:
         phase, detail = phase_of(action)
-        if self._resolve is not None and _is_empty(self._resolve(action), action.rpartition(".")[2]):
+        hook = action.rpartition(".")[2]
+        if hook in self._nested or (self._resolve is not None and _is_empty(self._resolve(action), hook)):
+            return _UNTIMED
+        if phase == OTHER:
+            # What is open around it is other, too.
             return _UNTIMED
         if phase == DATA_WAIT:
             return _Fetch(self, self._slot(phase, detail))
@@ -294,7 +321,8 @@ class _Fetch(_Span):
 
     def __exit__(self, *_: object) -> None:
         collector = self._collector
-        collector.data_cpu += thread_time_ns() - collector._cpu_at_fetch
+        if collector._asks_for:
+            collector.data_cpu += (thread_time_ns() - collector._cpu_at_fetch) * collector._asks_for
         super().__exit__()
 
 

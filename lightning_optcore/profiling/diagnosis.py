@@ -49,7 +49,7 @@ def diagnose(evidence: Evidence, thresholds: Thresholds | None = None) -> tuple[
     if not any(finding.severity != "low" for finding in found):
         largest = max(evidence.share, key=lambda phase: evidence.share[phase])
         text = f"the largest phase is {largest}, {evidence.share[largest]:.0%} of a step of {evidence.step_ms:.3g} ms"
-        found.insert(0, healthy(evidence.interval, (text,)))
+        found.insert(0, healthy(evidence.interval, (text,), evidence.steps))
     return tuple(found)
 
 

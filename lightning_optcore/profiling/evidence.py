@@ -184,6 +184,8 @@ class Evidence:
 
 # The first steps pay for allocations, caches and the start of workers.
 WARM_UP_STEPS = 5
+# A look at the newest steps alone takes the machine's figures of at least so long.
+_SYSTEM_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ def gather(
     stage: str = "fit",
     accumulate: int = 1,
     local_ranks: int = 1,
+    last: int | None = None,
 ) -> Evidence:
     """Work out the evidence from what was recorded so far.
 
@@ -218,8 +221,10 @@ def gather(
         stage: What the Trainer does.
         accumulate: Batches to an optimizer step.
         local_ranks: Ranks on this machine.
+        last: Look at so many steps at most, the newest.
     """
-    rows = collector.rows()
+    rows = collector.rows(last)
+    first_kept = max(collector.steps - collector.capacity, 0)
     first = collector.steps - len(rows)
     skipped = max(0, min(WARM_UP_STEPS - first, len(rows) - 1))
     rows = rows[skipped:]
@@ -227,6 +232,8 @@ def gather(
     if len(rows) < 2:
         return Evidence(interval, stage=stage, audit=audit, ranks=ranks)
     deltas = np.diff(rows, axis=0)
+    if collector.recorder is not None and collector.recorder.steps is not None:
+        deltas = _undisturbed(deltas, interval[0], collector.recorder.steps)
     lengths = deltas[:, 0] / 1e6
     seconds = float(lengths.sum() / 1e3)
     phases = _phases(collector, deltas)
@@ -235,7 +242,13 @@ def gather(
         for slot, (_, detail) in enumerate(collector.slots)
         if detail is not None
     }
-    window = _Window(system, rows[0, 0] / 1e9, rows[-1, 0] / 1e9)
+    start, end = rows[0, 0] / 1e9, rows[-1, 0] / 1e9
+    if last is not None:
+        # The newest steps may be shorter than what lies between two looks at the machine.
+        oldest = collector.rows_of(np.array([max(first_kept, min(WARM_UP_STEPS, interval[1]))]))[0, 0] / 1e9
+        start = max(oldest, min(start, end - _SYSTEM_SECONDS))
+    window = _Window(system, start, end)
+    steps_in_window = round(len(deltas) * (end - start) / seconds)
     waited = float(phases[:, PHASES.index(DATA_WAIT)].sum() / 1e9)
     return Evidence(
         interval=interval,
@@ -247,13 +260,20 @@ def gather(
         p50_ms={name: float(np.percentile(phases[:, i], 50) / 1e6) for i, name in enumerate(PHASES)},
         details=details,
         data=_data(deltas, waited, seconds, window, loader),
-        memory=_memory(window, len(deltas)),
-        cpu=_cpu(window, len(deltas), loader, _device_share(collector), local_ranks),
+        memory=_memory(window, steps_in_window),
+        cpu=_cpu(window, steps_in_window, loader, _device_share(collector, rows), local_ranks),
         audit=audit,
         ranks=ranks,
         stage=stage,
         accumulate=accumulate,
     )
+
+
+def _undisturbed(deltas: np.ndarray, first: int, recorded: tuple[int, int]) -> np.ndarray:
+    """Leave out the steps that were recorded in depth, unless nothing else is there."""
+    steps = first + np.arange(len(deltas))
+    apart = (steps < recorded[0] - 1) | (steps > recorded[1])
+    return deltas[apart] if apart.any() else deltas
 
 
 def _phases(collector: Collector, deltas: np.ndarray) -> np.ndarray:
@@ -302,7 +322,7 @@ def _data(deltas: np.ndarray, waited: float, seconds: float, window: _Window, lo
     starved = 0.0
     if workers == 0:
         # The training thread makes the batches itself: its own clock over the wait says what it did.
-        cpu_seconds = float(deltas[:, 2].sum() / 1e9)
+        cpu_seconds = float(deltas[:, 1].sum() / 1e9)
         per_batch, cpu_per_batch = waited / len(deltas), cpu_seconds / len(deltas)
         cpu = cpu_seconds / waited if waited else 0.0
         # The collate function's seconds are of the whole run, hence by batch.
@@ -367,12 +387,11 @@ def _cpu(window: _Window, steps: int, loader: LoaderFacts, device_share: float |
     )
 
 
-def _device_share(collector: Collector) -> float | None:
+def _device_share(collector: Collector, rows: np.ndarray) -> float | None:
     if collector.device is None or collector.steps < 2:
         return None
     on_device = tuple(slot for slot, (phase, _) in enumerate(collector.slots) if phase in ON_DEVICE)
     busy = sum(collector.device.milliseconds.get(slot, 0.0) for slot in on_device)
-    rows = collector.rows()
     mean_ms = (rows[-1, 0] - rows[0, 0]) / 1e6 / (len(rows) - 1)
     return min(busy / (mean_ms * collector.steps), 1.0)
 

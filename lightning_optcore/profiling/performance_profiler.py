@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -34,12 +35,13 @@ from lightning_optcore.profiling.system import Sampler
 from lightning_optcore.profiling.thresholds import Thresholds
 from lightning_optcore.profiling.timeline import timeline
 from lightning_optcore.profiling.trace import chrome_trace
+from lightning_optcore.profiling.worst_steps import WorstSteps
 
 log = logging.getLogger(__name__)
 
 KEY = "performance_profiler"
 MODES = ("comprehensive", "light")
-_FIRST_LOOK_STEPS, _LOOK_EVERY_SECONDS = 50, 5.0
+_FIRST_LOOK_STEPS, _LOOK_EVERY_SECONDS, _LOOK_AT_STEPS = 50, 5.0, 1024
 
 
 class PerformanceProfiler(Callback):
@@ -55,8 +57,12 @@ class PerformanceProfiler(Callback):
         thresholds: Some of :class:`~lightning_optcore.profiling.thresholds.Thresholds`, by name.
         output_dir: Folder of ``profile.json`` (``profile_test.json`` and so on); that of the logger, else
             ``default_root_dir``, by default.
-        live: Show the step time, the largest phases and the verdict while it runs.
+        live: Show the step time, the largest phases and the verdict while it runs, in one line; ``"panel"`` shows all
+            phases in a panel, in a terminal without a progress bar.
         trace: Write ``profile_trace.json`` too, a Chrome trace of the last 8,192 steps.
+        worst_steps: Record 100 steps with ``torch.profiler`` after the first verdict, and write the ten around the
+            slowest of them to ``profile_worst_steps.json``, a Chrome trace. It slows those steps down; they are left
+            out of the verdict.
 
     Attributes:
         report: The :class:`~lightning_optcore.profiling.profile_report.ProfileReport`, during the run and after it.
@@ -77,20 +83,24 @@ class PerformanceProfiler(Callback):
         mode: str = "comprehensive",
         thresholds: Mapping[str, float] | None = None,
         output_dir: str | None = None,
-        live: bool = True,
+        live: bool | str = True,
         trace: bool = False,
+        worst_steps: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(interval, bool) or not isinstance(interval, (int, float)) or not 0.01 <= interval <= 60:
             raise MisconfigurationException(f"{KEY}.interval={interval!r}: expected seconds from 0.01 to 60")
         if mode not in MODES:
             raise MisconfigurationException(f"{KEY}.mode={mode!r}: expected one of {', '.join(MODES)}")
+        if live not in (True, False, "panel"):
+            raise MisconfigurationException(f"{KEY}.live={live!r}: expected true, false or panel")
         self.interval = interval
         self.mode = mode
         self.thresholds = Thresholds.of(thresholds, f"{KEY}.thresholds")
         self.output_dir = output_dir
         self.live = live
         self.trace = trace
+        self.worst_steps = worst_steps
         self.report: ProfileReport | None = None
         self.reports: dict[str, ProfileReport] = {}
         # Called with every report: in the sampler's thread while it runs, and with the last one.
@@ -186,10 +196,13 @@ class PerformanceProfiler(Callback):
             except Exception as error:
                 log.warning("%s: a listener took no report (%s: %s)", KEY, type(error).__name__, error)
 
+    def folder(self, trainer: Any) -> Path:
+        """Return where the files go."""
+        return Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+
     def _write(self, trainer: Any, run: _Run) -> None:
         assert self.report is not None
-        folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
-        name = "profile" if run.stage == "fit" else f"profile_{run.stage}"
+        folder, name = self.folder(trainer), run.name
         files = {f"{name}.json": self.report.to_json()}
         if self.trace:
             files[f"{name}_trace.json"] = chrome_trace(run.probes.collector, run.sampler.table())
@@ -218,6 +231,7 @@ class _Run:
         self.trainer = trainer
         # Lightning's stage is an enumeration of texts.
         self.stage = str(getattr(stage, "value", stage))
+        self.name = "profile" if self.stage == "fit" else f"profile_{self.stage}"
         detailed = options.mode == "comprehensive"
         self.probes = Probes(trainer, pl_module, detailed=detailed)
         self.sampler = Sampler(options.interval, on_sample=self._on_sample)
@@ -230,7 +244,11 @@ class _Run:
         self.ranks: list[RankEvidence] = []
         self.notes: list[str] = []
         self.audited: list[Audited] = []
-        self._line = LiveLine(trainer) if options.live and trainer.is_global_zero else None
+        self.recorder: WorstSteps | None = None
+        if options.worst_steps and trainer.is_global_zero:
+            self._watch_worst_steps()
+        live = options.live and trainer.is_global_zero
+        self._line = LiveLine(trainer, panel=options.live == "panel") if live else None
         self._looked = 0.0
         self._overrides: Overrides | None = None
         self._lock = threading.Lock()
@@ -238,12 +256,22 @@ class _Run:
             self.probes.collector.sampler = self.sampler
             self.sampler.start()
 
+    def _watch_worst_steps(self) -> None:
+        if isinstance(self.probes.collector.inner, PyTorchProfiler):
+            self.notes.append("worst_steps: the Trainer's PyTorchProfiler has torch.profiler already")
+            return
+        path = self.options.folder(self.trainer) / f"{self.name}_worst_steps.json"
+        self.recorder = self.probes.collector.recorder = WorstSteps(path)
+
     def begin(self) -> None:
         """Start the clock."""
         _count_ddp_often(self.trainer)
         self.begun, self.ended = self.probes.collector.snapshot(), None
         self.clock[0], self.cpu_at_begin = perf_counter(), process_time()
         self.audited = audit(self.trainer, self.loader())
+        if self.recorder is not None and not self.sampler.running:
+            # Nobody will look while it runs, and begin to record after the first verdict.
+            self.recorder.start()
 
     def end(self, pl_module: Any) -> None:
         """Stop the clock, and hear of the other ranks."""
@@ -275,10 +303,25 @@ class _Run:
             self.sampler.stop()
             if self.probes.collector.steps and self.begun is not None and self.ended is None:
                 self.probes.collector.mark_step()
+            if self.recorder is not None:
+                self._stop_recording(self.recorder)
             return self._report(final=True)
 
+    def _stop_recording(self, recorder: WorstSteps) -> None:
+        recorder.stop(self.probes.collector.steps)
+        if recorder.failure:
+            self.notes.append(f"worst_steps: {recorder.failure}")
+            return
+        if recorder.slowest is None:
+            self.notes.append("worst_steps: the run ended before one was recorded")
+            return
+        step, milliseconds = recorder.slowest
+        self.notes.append(f"the slowest recorded step is {step}, {milliseconds:.3g} ms: {recorder.path}")
+
     def _report(self, final: bool = False) -> ProfileReport:
-        evidence = self.evidence()
+        # To read all that is kept would drive the model out of the caches.
+        last = None if final else _LOOK_AT_STEPS
+        evidence = self.evidence(last)
         findings = diagnose(evidence, self.options.thresholds)
         wall = (self.clock[1] if self.ended is not None else perf_counter()) - self.clock[0]
         seconds = self._seconds()
@@ -300,11 +343,12 @@ class _Run:
             system=_system_figures(evidence),
             ranks=tuple(dict(rank.seconds) for rank in self.ranks),
             notes=tuple(notes),
+            operators=dict(self.recorder.operators) if self.recorder is not None else {},
             timeline=timeline(collector, self.sampler.table()),
         )
 
-    def evidence(self) -> Evidence:
-        """Return what is known by now."""
+    def evidence(self, last: int | None = None) -> Evidence:
+        """Return what is known by now, of the newest steps or of all."""
         loader = self.loader()
         facts = LoaderFacts(
             num_workers=getattr(loader, "num_workers", 0),
@@ -321,6 +365,7 @@ class _Run:
             stage=self.stage,
             accumulate=self.trainer.accumulate_grad_batches,
             local_ranks=self.trainer.num_devices if self.trainer.world_size > 1 else 1,
+            last=last,
         )
         evidence = _with_communication(evidence, self._exposed_communication())
         return _without_waiting_for(self.ranks, evidence, self.trainer.global_rank)
@@ -361,6 +406,8 @@ class _Run:
             self._looked = now
             # The first verdict is out: no need to wake ten times a second for it any more.
             self.sampler.relax()
+            if self.recorder is not None and self.recorder.steps is None:
+                self.recorder.start()
             self.options.report = self._report()
             if self._line is not None:
                 self._line.show(self.options.report)

@@ -40,18 +40,21 @@ class Probes:
         self._trainer = trainer
         self._replaced: list[tuple[Any, str, Any, Any]] = []
         owner_of = functools.partial(_owner_of, trainer, pl_module)
-        self.collector = Collector(trainer.profiler, owner_of, capacity, _device_clock(trainer.strategy.root_device))
+        self.collector = Collector(
+            trainer.profiler,
+            owner_of,
+            _nested_hooks(trainer, pl_module),
+            capacity,
+            _device_clock(trainer.strategy.root_device),
+        )
         self.loaders = LoaderClock()
         self._garbage = self.collector.span(GARBAGE_COLLECTION)
         self._collecting = False
         trainer.profiler = self.collector
         spans = self.collector
-        connector = trainer._logger_connector
-        for name in ("log_metrics", "update_train_step_metrics", "on_batch_end"):
-            self._around(connector, name, spans.span(LOGGING))
         for logger in trainer.loggers:
             self._around(logger, "log_metrics", spans.span(LOGGING))
-        self._around(pl_module, "log", spans.span(LOGGING))
+        self._watch_logging(pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             loop = trainer.fit_loop.epoch_loop
             self._around(loop.val_loop, "run", spans.whole(VALIDATION))
@@ -98,6 +101,27 @@ class Probes:
 
         self._replace(owner, name, make)
 
+    def _watch_logging(self, pl_module: Any) -> None:
+        """Time ``log``, and from its first call on what Lightning makes of it after each batch."""
+        span = self.collector.span(LOGGING)
+        connector = self._trainer._logger_connector
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            watched = False
+
+            def log(*args: Any, **kwargs: Any) -> Any:
+                nonlocal watched
+                if not watched:
+                    watched = True
+                    for name in ("log_metrics", "update_train_step_metrics", "on_batch_end"):
+                        self._around(connector, name, span)
+                with span:
+                    return original(*args, **kwargs)
+
+            return log
+
+        self._replace(pl_module, "log", make)
+
     def _watch_loaders(self) -> None:
         trainer, loaders = self._trainer, self.loaders
 
@@ -128,6 +152,14 @@ def _device_clock(device: torch.device) -> DeviceClock | None:
     if device.type != "cuda":
         return None
     return DeviceClock(functools.partial(torch.cuda.Event, enable_timing=True))
+
+
+def _nested_hooks(trainer: Any, pl_module: Any) -> tuple[str, ...]:
+    """Return the hooks that Lightning runs inside an action of the same phase."""
+    hooks = ("transfer_batch_to_device",)
+    if pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
+        hooks += ("optimizer_zero_grad", "configure_gradient_clipping")
+    return hooks
 
 
 def _owner_of(trainer: Any, pl_module: Any, action: str) -> Any:

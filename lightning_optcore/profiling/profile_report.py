@@ -106,6 +106,7 @@ class ProfileReport:
         system: Mean figures of the machine, by name.
         ranks: Seconds by phase of each rank, under DDP.
         notes: What could not be seen, and why.
+        operators: Share of the operators' time by operator, in the slowest steps, where those were recorded.
         timeline: How it went, in at most 120 parts: see :func:`lightning_optcore.profiling.timeline.timeline`.
 
     Example:
@@ -124,6 +125,7 @@ class ProfileReport:
     system: dict[str, float] = field(default_factory=dict)
     ranks: tuple[dict[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    operators: dict[str, float] = field(default_factory=dict)
     timeline: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -157,9 +159,9 @@ class ProfileReport:
             raise ValueError(f"no profile report: {type(error).__name__}: {error}") from error
 
 
-def healthy(interval: tuple[int, int] = (0, 0), evidence: tuple[str, ...] = ()) -> Finding:
+def healthy(interval: tuple[int, int] = (0, 0), evidence: tuple[str, ...] = (), samples: int = 0) -> Finding:
     """Return the finding of a run in which nothing stands out."""
-    return Finding("healthy", "other", 0.0, "low", 0.9, evidence, (), interval, interval[1] - interval[0])
+    return Finding("healthy", "other", 0.0, "low", 0.9, evidence, (), interval, samples)
 
 
 def _finding(content: Mapping[str, Any]) -> Finding:

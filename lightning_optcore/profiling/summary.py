@@ -37,5 +37,8 @@ def summary_text(report: ProfileReport) -> str:
         if figures.share >= 0.001:
             lines.append(f"  {phase:<20}{figures.seconds:>9.2f} s {figures.share:>6.1%}")
     lines += [f"  {verdict(finding)}" for finding in report.findings]
+    if report.operators:
+        largest = list(report.operators.items())[:4]
+        lines.append("  the slowest steps: " + ", ".join(f"{name} {share:.0%}" for name, share in largest))
     lines += [f"  note: {note}" for note in report.notes]
     return "\n".join(lines)

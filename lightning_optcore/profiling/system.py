@@ -211,10 +211,36 @@ def system_readers() -> list[Reader]:
     return [*readers, gpus] if gpus is not None else readers
 
 
+class _Due:
+    """Says when to look again: ever more seldom, as what is missed becomes a smaller part of what was seen.
+
+    Args:
+        at_most: Seconds between two looks in the long run.
+    """
+
+    _SHARE = 0.04
+
+    def __init__(self, at_most: float) -> None:
+        self._at_most = at_most
+        self._began: float | None = None
+        self._next = 0.0
+
+    def now(self, time: float) -> bool:
+        """Return whether it is time for a look, which is then taken to happen."""
+        if time < self._next:
+            return False
+        if self._began is None:
+            self._began = time
+        self._next = time + min(self._SHARE * (time - self._began), self._at_most)
+        return True
+
+
 class ProcReader:
     """Reads /proc and the cgroup of this process."""
 
     def __init__(self) -> None:
+        # A file of /proc costs thirty microseconds where the caches are the model's.
+        self._own_due, self._machine_due = _Due(at_most=1.0), _Due(at_most=3.0)
         self._tick = 1.0 / os.sysconf("SC_CLK_TCK")
         self._page = float(os.sysconf("SC_PAGE_SIZE"))
         self._files: dict[str, int] = {}
@@ -244,10 +270,11 @@ class ProcReader:
         """Read this process and its workers: what costs a few microseconds even when no cache is warm."""
         pread, files = os.pread, self._files
         row[1] = process_time()
-        row[5] = int(pread(files["statm"], 64, 0).split(None, 2)[1]) * self._page
-        if "sched" in files:
-            run, wait, _ = pread(files["sched"], 64, 0).split()
-            row[3], row[4] = int(run) / 1e9, int(wait) / 1e9
+        if self._own_due.now(row[0]):
+            row[5] = int(pread(files["statm"], 64, 0).split(None, 2)[1]) * self._page
+            if "sched" in files:
+                run, wait, _ = pread(files["sched"], 64, 0).split()
+                row[3], row[4] = int(run) / 1e9, int(wait) / 1e9
         cpu, waited = self._ended[0], self._ended[1]
         for pid, (sched, _, _) in self._workers.items():
             try:
@@ -261,7 +288,7 @@ class ProcReader:
         row[9], row[10], row[11] = float(len(self._workers)), cpu, waited
 
     def seldom(self, row: list[float]) -> None:
-        """Read disks, network, memory, pressure, and look for new workers."""
+        """Look for new workers; read disks, network, memory and pressure."""
         self._find_workers()
         import resource  # where there is no /proc there may be none
 
@@ -278,6 +305,10 @@ class ProcReader:
         row[12] = resident
         # A worker that has ended takes its bytes with it: totals must not go back.
         row[13], row[14] = max(read, row[13]), max(chars, row[14])
+        if self._machine_due.now(row[0]):
+            self._read_machine(row)
+
+    def _read_machine(self, row: list[float]) -> None:
         row[15] = self._received()
         row[16] = self._number("status", b"voluntary_ctxt_switches:")
         busy = self._text("machine").split(b"\n", 1)[0].split()[1:]

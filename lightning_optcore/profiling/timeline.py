@@ -25,13 +25,15 @@ def timeline(collector: Collector, system: Mapping[str, np.ndarray], bins: int =
         ``seconds``: where each part begins, from the first step; ``phases``: milliseconds a step of each phase;
         ``step_ms``: those of whole steps; ``system``: figures by name, ``None`` where there was no sample.
     """
-    rows = collector.rows()
-    if len(rows) < 2:
+    steps = collector.steps
+    first = max(steps - collector.capacity, 0)
+    if steps - first < 2:
         return {}
-    edges = np.unique(np.linspace(0, len(rows) - 1, min(bins, len(rows) - 1) + 1).astype(int))
-    parts = np.diff(rows[edges], axis=0)
+    edges = np.unique(np.linspace(first, steps - 1, min(bins, steps - 1 - first) + 1).astype(int))
+    rows = collector.rows_of(edges)
+    parts = np.diff(rows, axis=0)
     counts = np.diff(edges)
-    times = rows[edges, 0] / 1e9
+    times = rows[:, 0] / 1e9
     by_phase = np.zeros((len(parts), len(PHASES)))
     for slot, (phase, _) in enumerate(collector.slots):
         by_phase[:, PHASES.index(phase)] += parts[:, HEAD + slot]

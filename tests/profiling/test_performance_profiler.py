@@ -235,6 +235,72 @@ def test_the_trace_opens_as_chromes(make_trainer, tmp_path):
         assert sum(inside) == pytest.approx(step["dur"], rel=0.05, abs=50)
 
 
+class Uneven(Network):
+    """Every tenth step multiplies large matrices."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx % 10 == 9:
+            torch.linalg.svd(torch.randn(400, 400))
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("mode", ["comprehensive", "light"])
+def test_torch_profiler_looks_into_the_slowest_steps(make_trainer, tmp_path, mode):
+    callback = profiler(output_dir=str(tmp_path), worst_steps=True, mode=mode)
+    make_trainer(callback, max_steps=400, profiler="simple").fit(Uneven(), loader_of())
+    report = callback.report
+    assert next(iter(report.operators)).startswith("aten::linalg_svd") or "aten::_linalg_svd" in report.operators
+    (note,) = [note for note in report.notes if "slowest recorded step" in note]
+    assert int(note.split("step is ")[1].split(",")[0]) % 10 == 0, "a mark counts the steps that were begun"
+    events = json.loads((tmp_path / "profile_worst_steps.json").read_text())["traceEvents"]
+    assert any("svd" in event.get("name", "") for event in events)
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
+    assert 0 < report.primary.samples < 400 - 5
+
+
+def test_worst_steps_of_an_interrupted_run_are_closed(make_trainer, tmp_path):
+    class Broken(Uneven):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 23:
+                raise RuntimeError("broken off")
+            return super().training_step(batch, batch_idx)
+
+    callback = profiler(output_dir=str(tmp_path), worst_steps=True, mode="light")
+    with pytest.raises(RuntimeError, match="broken off"):
+        make_trainer(callback, max_steps=400).fit(Broken(), loader_of())
+    assert callback.report.operators
+    with torch.profiler.profile() as free:
+        torch.ones(2) + 1
+    assert free.key_averages()
+
+
+def test_worst_steps_leave_pytorch_profiler_alone(make_trainer, tmp_path):
+    callback = profiler(output_dir=str(tmp_path), worst_steps=True, mode="light")
+    make_trainer(callback, max_steps=30, profiler="pytorch", default_root_dir=tmp_path).fit(Network(), loader_of())
+    assert any("PyTorchProfiler has torch.profiler already" in note for note in callback.report.notes)
+
+
+def test_a_read_only_folder_does_not_cost_the_run_its_worst_steps(make_trainer, tmp_path):
+    (tmp_path / "file").write_text("")
+    callback = profiler(output_dir=str(tmp_path / "file" / "folder"), worst_steps=True, mode="light")
+    with pytest.warns(UserWarning, match="output_dir"):
+        make_trainer(callback, max_steps=30).fit(Uneven(), loader_of())
+    assert callback.report.operators
+    assert any(note.startswith("worst_steps: NotADirectoryError") for note in callback.report.notes)
+
+
+def test_a_hook_of_a_subclass_is_called(make_trainer):
+    class Counting(PerformanceProfiler):
+        steps = 0
+
+        def on_train_batch_end(self, *_):
+            self.steps += 1
+
+    callback = Counting(live=False)
+    make_trainer(callback, max_steps=30).fit(Network(), loader_of())
+    assert callback.steps == 30
+
+
 def test_workers_that_fork_do_not_disturb_it(make_trainer):
     callback = profiler()
     make_trainer(callback, max_epochs=2).fit(CNN(width=4, depth=1), Digits(num_workers=2))
