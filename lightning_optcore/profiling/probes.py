@@ -156,7 +156,7 @@ def _device_clock(device: torch.device) -> DeviceClock | None:
 
 def _nested_hooks(trainer: Any, pl_module: Any) -> tuple[str, ...]:
     """Return the hooks that Lightning runs inside an action of the same phase."""
-    hooks = ("transfer_batch_to_device",)
+    hooks: tuple[str, ...] = ("transfer_batch_to_device",)
     if pl_module.automatic_optimization and trainer.accumulate_grad_batches == 1:
         hooks += ("optimizer_zero_grad", "configure_gradient_clipping")
     return hooks
