@@ -51,9 +51,9 @@ def main() -> None:
     """Train, prune, fine-tune and measure for each seed; print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--target-latency", type=float, default=0.53, help="of the layers in torch, for modules")
+    parser.add_argument("--target-latency", type=float, default=0.57, help="of the layers in torch, for modules")
     parser.add_argument("--only", nargs="*", help="these rows and the dense one")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--images", choices=("test", "validation"), default="test", help="what accuracy is taken on")

@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def main() -> None:
         print(f"optcore {__version__}")
         return
     sys.argv[1:] = _with_config_name(sys.argv[1:])
+    _refuse_emptied_groups(sys.argv[1:])
     try:
         sys.path.insert(0, os.getcwd())  # noqa: PTH109 - the user's own classes are importable
     except FileNotFoundError:
@@ -80,6 +82,18 @@ def _with_config_name(arguments: list[str]) -> list[str]:
             "then overrides such as model.width=64"
         )
     return [f"--config-name={arguments[0]}", *arguments[1:]]
+
+
+def _refuse_emptied_groups(arguments: list[str]) -> None:
+    """End with one line where Hydra would show a traceback: ``data=null``, of a group of configurations."""
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if value not in ("null", "") or not group.isidentifier():
+            continue
+        folder = files("lightning_optcore.conf") / group
+        if folder.is_dir():
+            options = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+            sys.exit(f"optcore: {argument}: {group} is a group of configurations: expected one of {', '.join(options)}")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_optcore.conf", config_name="train")

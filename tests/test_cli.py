@@ -73,6 +73,15 @@ def test_an_unknown_job_lists_the_jobs(optcore):
     ]
 
 
+@pytest.mark.parametrize("argument", ["data=null", "data="])
+def test_a_group_that_is_emptied_lists_its_options(optcore, argument):
+    done = optcore("train", argument)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"optcore: {argument}: data is a group of configurations: expected one of digits, fashion_mnist"
+    ]
+
+
 def test_a_mistyped_option_names_the_key(optcore):
     done = optcore("train", "model.widht=8")
     assert done.returncode == 1
