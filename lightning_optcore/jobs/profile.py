@@ -57,12 +57,14 @@ def run(config: DictConfig) -> None:
             console.print(f"  report  {page}")
 
 
-def _own(config: DictConfig) -> DictConfig:
-    return with_own_defaults(config, HydraConfig.get().overrides.task)
+def _own(config: DictConfig, *more: str) -> DictConfig:
+    return with_own_defaults(config, [*HydraConfig.get().overrides.task, *more])
 
 
-def _profiled(config: DictConfig, folder: Path, *listeners: Callable[[ProfileReport], None]) -> _Profiled:
-    config = _own(config)
+def _profiled(
+    config: DictConfig, folder: Path, *listeners: Callable[[ProfileReport], None], applied: tuple[str, ...] = ()
+) -> _Profiled:
+    config = _own(config, *applied)
     seed_everything(config.seed, workers=True, verbose=False)
     data = instance_of(LightningDataModule, "data", instantiate(config.data))
     model = instance_of(LightningModule, "model", instantiate(config.model))
@@ -116,7 +118,7 @@ def _apply(config: DictConfig, first: _Profiled, output_dir: Path, console: Cons
     # Hydra's own node is of the running job already.
     OmegaConf.set_struct(changed, False)
     changed.pop("hydra", None)
-    second = _profiled(changed, output_dir / "applied")
+    second = _profiled(changed, output_dir / "applied", applied=(chosen.override,))
     # The first run warmed the process up for the second: what that is worth must not count as the override's gain.
     warm = _profiled(config, output_dir / "again")
     measured = second.samples_per_second / warm.samples_per_second if warm.samples_per_second else 0.0

@@ -98,6 +98,9 @@ class Collector(Profiler):
         self.sampler: Sampler | None = None
         # Records single steps in depth, when it was asked to.
         self.recorder: WorstSteps | None = None
+        # What the slots have of the steps that it recorded and of its own work, in nanoseconds.
+        self.recorded = [0] * NUM_SLOTS
+        self._before_recorded: list[int] | None = None
         self.data_cpu = 0
         # How many fetches the next question for the CPU time stands for, and the answer at its beginning.
         self._asks_for = 0
@@ -166,7 +169,15 @@ class Collector(Profiler):
         if self.sampler is not None and now >= self.sampler.due:
             self.sampler.tick()
         if self.recorder is not None:
-            self.recorder.mark(self.steps)
+            self._mark_recorder(self.recorder)
+
+    def _mark_recorder(self, recorder: WorstSteps) -> None:
+        before = self._before_recorded or self.snapshot()
+        recorder.mark(self.steps)
+        after = self.snapshot()
+        for slot, (now, then) in enumerate(zip(after, before, strict=True)):
+            self.recorded[slot] += now - then
+        self._before_recorded = after if recorder.recording else None
 
     def rows(self, last: int | None = None) -> np.ndarray:
         """Return the marks that are kept, oldest first: (marks, HEAD + NUM_SLOTS) nanoseconds, running totals.

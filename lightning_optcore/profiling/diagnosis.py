@@ -136,6 +136,8 @@ def communication(evidence: Evidence, limits: Thresholds) -> Finding | None:
 
 def logging(evidence: Evidence, limits: Thresholds) -> Finding | None:
     """``self.log``, and the loggers' writing."""
+    if 1e3 * evidence.share[LOGGING] * evidence.seconds < limits.logging_ms * evidence.steps:
+        return None
     return _of_phase(evidence, "logging", LOGGING, limits.logging, "logging")
 
 

@@ -266,12 +266,12 @@ class _Run:
     def begin(self) -> None:
         """Start the clock."""
         _count_ddp_often(self.trainer)
-        self.begun, self.ended = self.probes.collector.snapshot(), None
-        self.clock[0], self.cpu_at_begin = perf_counter(), process_time()
         self.audited = audit(self.trainer, self.loader())
         if self.recorder is not None and not self.sampler.running:
             # Nobody will look while it runs, and begin to record after the first verdict.
             self.recorder.start()
+        self.begun, self.ended = self.probes.collector.snapshot(), None
+        self.clock[0], self.cpu_at_begin = perf_counter(), process_time()
 
     def end(self, pl_module: Any) -> None:
         """Stop the clock, and hear of the other ranks."""
@@ -317,6 +317,8 @@ class _Run:
             return
         step, milliseconds = recorder.slowest
         self.notes.append(f"the slowest recorded step is {step}, {milliseconds:.3g} ms: {recorder.path}")
+        spent = sum(self.probes.collector.recorded) / 1e9
+        self.notes.append(f"worst_steps: {spent:.2f} s of steps under torch.profiler are left out of the phases")
 
     def _report(self, final: bool = False) -> ProfileReport:
         # To read all that is kept would drive the model out of the caches.
@@ -375,7 +377,9 @@ class _Run:
 
     def _seconds(self) -> dict[str, float]:
         collector = self.probes.collector
-        seconds = collector.by_phase(self.ended or collector.snapshot(), self.begun)
+        totals = self.ended or collector.snapshot()
+        totals = [total - recorded for total, recorded in zip(totals, collector.recorded, strict=True)]
+        seconds = collector.by_phase(totals, self.begun)
         moved = min(self._exposed_communication() * max(collector.steps - 1, 0) / 1e3, seconds[BACKWARD])
         return {**seconds, BACKWARD: seconds[BACKWARD] - moved, COMMUNICATION: moved}
 

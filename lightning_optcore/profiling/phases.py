@@ -54,6 +54,8 @@ _OF_HOOK = {
     "on_load_checkpoint": CHECKPOINT,
 }
 _CHECKPOINT_CALLBACKS = ("ModelCheckpoint", "OnExceptionCheckpoint")
+# What this package's own profiler does at the beginning and the end of a run is nobody's bottleneck.
+_OWN = "PerformanceProfiler"
 _NOT_OF_TRAINING = ("setup", "teardown", "prepare_data", "configure_callbacks", "configure_model", "on_fit_start")
 
 
@@ -72,7 +74,7 @@ def phase_of(action: str) -> tuple[str, str | None]:
         return DATA_WAIT, None
     owner, _, hook = action.rpartition(".")
     kind, _, name = owner.partition("]")
-    if hook in _NOT_OF_TRAINING:
+    if hook in _NOT_OF_TRAINING or name.partition("{")[0] == _OWN:
         return OTHER, None
     if kind == "[Callback":
         who = name.partition("{")[0]

@@ -32,6 +32,7 @@ class Thresholds:
         communication: Share.
         straggler: Share of the time that the other ranks wait for the slowest.
         logging: Share.
+        logging_ms: Milliseconds a step below which logging is not worth a word: about what a few calls cost.
         callback: Share of all callbacks together.
         validation: Share.
         checkpoint: Share.
@@ -62,6 +63,7 @@ class Thresholds:
     communication: float = 0.25
     straggler: float = 0.15
     logging: float = 0.2
+    logging_ms: float = 1.0
     callback: float = 0.15
     validation: float = 0.3
     checkpoint: float = 0.15

@@ -52,6 +52,11 @@ class WorstSteps:
         with profile(activities=_activities()):
             torch.ones(1) + 1
 
+    @property
+    def recording(self) -> bool:
+        """Whether the step that runs is recorded."""
+        return self._profile is not None
+
     def start(self) -> None:
         """Record from the next step on."""
         self._left = WINDOWS

@@ -256,6 +256,9 @@ def test_torch_profiler_looks_into_the_slowest_steps(make_trainer, tmp_path, mod
     assert any("svd" in event.get("name", "") for event in events)
     assert [file.name for file in tmp_path.iterdir() if file.name.startswith(".")] == []
     assert 0 < report.primary.samples < 400 - 5
+    assert report.phases["other"].share < 0.2, "what torch.profiler costs is in no phase"
+    assert report.phases["garbage_collection"].share < 0.1
+    assert any("under torch.profiler are left out of the phases" in note for note in report.notes)
 
 
 def test_worst_steps_of_an_interrupted_run_are_closed(make_trainer, tmp_path):
