@@ -92,8 +92,9 @@ def _refuse_emptied_groups(arguments: list[str]) -> None:
             continue
         folder = files("lightning_optcore.conf") / group
         if folder.is_dir():
-            options = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-            sys.exit(f"optcore: {argument}: {group} is a group of configurations: expected one of {', '.join(options)}")
+            names = (file.name for file in folder.iterdir())
+            options = ", ".join(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+            sys.exit(f"optcore: {argument}: {group} is a group of configurations: expected one of {options}")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_optcore.conf", config_name="train")

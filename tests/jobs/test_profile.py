@@ -72,7 +72,8 @@ def test_the_override_that_it_proposes_is_found_composed_applied_and_measured(op
 def test_an_override_reaches_a_class_of_the_users_own(optcore, tmp_path):
     # What the command line does not name is dropped with the class it belonged to: not so what is applied.
     (tmp_path / "slow.py").write_text(SLOW)
-    done = optcore("profile", "model.width=8", "model.depth=1", "data._target_=slow.SlowDigits", "steps=60", "apply=true")
+    arguments = ("data._target_=slow.SlowDigits", "steps=60", "apply=true")
+    done = optcore("profile", "model.width=8", "model.depth=1", *arguments)
     found = re.search(r"applied data\.num_workers=\d+: .* measured ([\d.]+)x", done.stdout)
     assert found, done.stdout
     assert float(found[1]) > 1.2
