@@ -111,9 +111,10 @@ CPUINFO = Path("/proc/cpuinfo")
 WITHOUT_VNNI = not CPUINFO.exists() or "vnni" not in CPUINFO.read_text()
 
 
-@pytest.mark.parametrize(
-    "reduce_range", [True, pytest.param(False, marks=pytest.mark.skipif(WITHOUT_VNNI, reason="a processor without VNNI"))]
-)
+NEEDS_VNNI = pytest.mark.skipif(WITHOUT_VNNI, reason="a processor without VNNI")
+
+
+@pytest.mark.parametrize("reduce_range", [True, pytest.param(False, marks=NEEDS_VNNI)])
 def test_an_encoder_layer_in_eight_bits(reduce_range):
     torch.manual_seed(0)
     net = Encoder().eval()
