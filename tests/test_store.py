@@ -231,8 +231,8 @@ def test_killed_writers_lose_nothing_that_was_committed(tmp_path):
             writer.wait()
 
     committed = [tuple(map(int, line.split())) for log in logs if log.exists() for line in whole_lines(log)]
-    assert kills >= 20
-    assert len(committed) >= kills
+    assert kills > 50
+    assert len(committed) > 200
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         rows = connection.execute("SELECT id, pid, overrides FROM runs").fetchall()
