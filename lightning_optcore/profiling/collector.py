@@ -168,7 +168,7 @@ class Collector(Profiler):
             self.device.collect()
         if self.sampler is not None and now >= self.sampler.due:
             self.sampler.tick()
-        if self.recorder is not None:
+        if self.recorder is not None and self.recorder.active:
             self._mark_recorder(self.recorder)
 
     def _mark_recorder(self, recorder: WorstSteps) -> None:

@@ -269,7 +269,7 @@ class _Run:
         self.audited = audit(self.trainer, self.loader())
         if self.recorder is not None and not self.sampler.running:
             # Nobody will look while it runs, and begin to record after the first verdict.
-            self.recorder.start()
+            self.recorder.start(WARM_UP_STEPS + 1)
         self.begun, self.ended = self.probes.collector.snapshot(), None
         self.clock[0], self.cpu_at_begin = perf_counter(), process_time()
 

@@ -111,7 +111,7 @@ class Probes:
 
             def log(*args: Any, **kwargs: Any) -> Any:
                 nonlocal watched
-                if not watched:
+                if not watched and self._trainer.profiler is self.collector:
                     watched = True
                     for name in ("log_metrics", "update_train_step_metrics", "on_batch_end"):
                         self._around(connector, name, span)

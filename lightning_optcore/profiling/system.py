@@ -4,6 +4,9 @@ To wake a thread costs more than what it then reads. So the training thread take
 whenever one is due; the sampler's own thread wakes once a second for what is read seldom, and only takes over where the
 steps are too long to keep the interval.
 
+Ten times a second there are the CPU times of the process and its workers; memory and the machine are read ever more
+seldom as a run goes on, down to once in one and three seconds.
+
 Where there is /proc its files are opened once and read again in place, a few microseconds each; elsewhere psutil is
 asked for the little that it knows everywhere.
 """

@@ -45,6 +45,7 @@ class WorstSteps:
         self.steps: tuple[int, int] | None = None
         self.failure = ""
         self._left = 0
+        self._first_step = 0
         self._profile: Any = None
         self._lengths: list[int] = []
         self._since = 0
@@ -57,8 +58,14 @@ class WorstSteps:
         """Whether the step that runs is recorded."""
         return self._profile is not None
 
-    def start(self) -> None:
-        """Record from the next step on."""
+    @property
+    def active(self) -> bool:
+        """Whether a step is recorded, or will be."""
+        return self._left > 0 or self.recording
+
+    def start(self, first_step: int = 0) -> None:
+        """Record from this step on, or from the next one if it has passed."""
+        self._first_step = first_step
         self._left = WINDOWS
 
     def mark(self, step: int) -> None:
@@ -69,7 +76,7 @@ class WorstSteps:
                 self._lengths.append(now - self._since)
                 if len(self._lengths) == WINDOW_STEPS:
                     self._close(step)
-            elif self._left:
+            elif self._left and step >= self._first_step:
                 self.steps = (self.steps[0] if self.steps else step, step)
                 self._lengths = []
                 self._profile = profile(activities=_activities(), acc_events=True)
