@@ -369,7 +369,7 @@ def test_two_ranks_prune_the_same_and_resume(tmp_path):
     positions = {"features.0": 64, "features.3": 64, "features.6": 16, "features.9": 16}
     macs = sum(first[f"{name}.weight"].numel() * outputs for name, outputs in positions.items())
     whole = 9 * (64 * (1 * 16 + 16 * 16) + 16 * (16 * 32 + 32 * 32))
-    assert macs <= 0.505 * whole
+    assert macs <= 0.5 * whole
     for other in (second, resumed):
         assert all(torch.equal(first[name], other[name]) for name in first if "acc" not in name)
 
