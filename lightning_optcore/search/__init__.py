@@ -1,0 +1,53 @@
+"""Search: spaces, searchers that are asked and told, and Pareto arithmetic. It knows nothing of what is searched.
+
+Names are resolved on first use, so that a space can be read without scikit-learn.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_optcore.search.evolutionary import Evolutionary
+    from lightning_optcore.search.expressions import ExpressionError
+    from lightning_optcore.search.pareto import hypervolume
+    from lightning_optcore.search.sampling import Grid, Random
+    from lightning_optcore.search.searcher import Candidate, Searcher, SearchError, Trial
+    from lightning_optcore.search.space import Space, SpaceError
+
+_HOME_OF = {
+    "Candidate": "searcher",
+    "Evolutionary": "evolutionary",
+    "ExpressionError": "expressions",
+    "Grid": "sampling",
+    "Random": "sampling",
+    "SearchError": "searcher",
+    "Searcher": "searcher",
+    "Space": "space",
+    "SpaceError": "space",
+    "Trial": "searcher",
+    "hypervolume": "pareto",
+}
+
+__all__ = [
+    "Candidate",
+    "Evolutionary",
+    "ExpressionError",
+    "Grid",
+    "Random",
+    "SearchError",
+    "Searcher",
+    "Space",
+    "SpaceError",
+    "Trial",
+    "hypervolume",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'lightning_optcore.search' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"lightning_optcore.search.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,145 @@
+"""Arithmetic of several objectives. Every objective here is a cost: less is better.
+
+Sources: non-dominated sorting and crowding distance are those of Deb et al., "A Fast and Elitist
+Multiobjective Genetic Algorithm: NSGA-II", IEEE TEC 6(2), 2002; the hypervolume is Zitzler and Thiele's (1999),
+computed by slicing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def dominates(first: np.ndarray, second: np.ndarray) -> bool:
+    """Return whether the first is nowhere worse and somewhere better.
+
+    Example:
+        >>> dominates(np.array([1.0, 2.0]), np.array([1.0, 3.0]))
+        True
+    """
+    return bool(np.all(first <= second) and np.any(first < second))
+
+
+def non_dominated(costs: np.ndarray) -> np.ndarray:
+    """Return a mask of the points that no other one dominates; of equal points all stay.
+
+    Args:
+        costs: Shape (points, objectives).
+    """
+    count = len(costs)
+    mask = np.ones(count, dtype=bool)
+    for i in range(count):
+        if mask[i]:
+            beaten = np.all(costs[i] <= costs, axis=1) & np.any(costs[i] < costs, axis=1)
+            mask &= ~beaten
+    return mask
+
+
+def ranks(costs: np.ndarray) -> np.ndarray:
+    """Return the front of every point, 0 being the best: NSGA-II's non-dominated sorting."""
+    result = np.zeros(len(costs), dtype=int)
+    left = np.arange(len(costs))
+    front = 0
+    while len(left):
+        best = non_dominated(costs[left])
+        result[left[best]] = front
+        left = left[~best]
+        front += 1
+    return result
+
+
+def crowding_distances(costs: np.ndarray) -> np.ndarray:
+    """Return how far a point's neighbours are, summed over the objectives; infinite at the ends of the front."""
+    count, objectives = costs.shape
+    distances = np.zeros(count)
+    for j in range(objectives):
+        order = np.argsort(costs[:, j], kind="stable")
+        values = costs[order, j]
+        span = values[-1] - values[0]
+        distances[order[[0, -1]]] = np.inf
+        if span > 0 and count > 2:
+            distances[order[1:-1]] += (values[2:] - values[:-2]) / span
+    return distances
+
+
+def survivors(costs: np.ndarray, count: int) -> np.ndarray:
+    """Return the indices of NSGA-II's best ``count`` points: by front, then the least crowded.
+
+    The least crowded one by one: whoever goes makes room for its neighbours, as Kukkonen and Deb proposed (2006).
+    """
+    if len(costs) <= count:
+        return np.arange(len(costs))
+    order = ranks(costs)
+    kept: list[int] = []
+    for front in range(order.max() + 1):
+        members = np.flatnonzero(order == front)
+        if len(kept) + len(members) <= count:
+            kept.extend(members)
+            continue
+        while len(members) > count - len(kept):
+            members = np.delete(members, np.argmin(crowding_distances(costs[members])))
+        kept.extend(members)
+        break
+    return np.array(kept, dtype=int)
+
+
+def hypervolume(costs: np.ndarray, reference: np.ndarray) -> float:
+    """Return the volume between the front and a reference point that is worse than all that counts.
+
+    Args:
+        costs: Shape (points, objectives); points that are not better than the reference add nothing.
+        reference: Shape (objectives,).
+
+    Example:
+        >>> hypervolume(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([2.0, 2.0]))
+        3.0
+    """
+    costs = np.asarray(costs, dtype=float)
+    costs = costs[np.all(costs < reference, axis=1)] if len(costs) else costs
+    if not len(costs):
+        return 0.0
+    return _volume(np.unique(costs[non_dominated(costs)], axis=0), np.asarray(reference, dtype=float))
+
+
+def hypervolume_gains(costs: np.ndarray, front: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return what each point, alone, would add to the hypervolume of a front.
+
+    Args:
+        costs: Shape (points, objectives).
+        front: Shape (members, objectives).
+        reference: Shape (objectives,).
+    """
+    if costs.shape[1] == 2:
+        return _plane_gains(costs, front, reference)
+    before = hypervolume(front, reference)
+    return np.array([hypervolume(np.vstack([front, point]), reference) - before for point in costs])
+
+
+def _plane_gains(costs: np.ndarray, front: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    front = front[np.all(front < reference, axis=1)]
+    front = front[non_dominated(front)] if len(front) else front
+    front = front[np.argsort(front[:, 0])]
+    # The free plane falls into strips between the members' first costs; within each its height is the last member's.
+    edges = np.concatenate([[-np.inf], front[:, 0], [reference[0]]])
+    heights = np.concatenate([[reference[1]], front[:, 1]])
+    left = np.maximum(costs[:, :1], edges[:-1])
+    widths = np.clip(np.minimum(edges[1:], reference[0]) - left, 0.0, None)
+    return (widths * np.clip(heights - costs[:, 1:], 0.0, None)).sum(axis=1)
+
+
+def _volume(front: np.ndarray, reference: np.ndarray) -> float:
+    if front.shape[1] == 1:
+        return float(reference[0] - front.min())
+    order = np.argsort(front[:, -1])
+    front = front[order]
+    uppers = np.append(front[1:, -1], reference[-1])
+    if front.shape[1] == 2:
+        lowest = np.minimum.accumulate(front[:, 0])
+        return float(np.sum((uppers - front[:, 1]) * (reference[0] - lowest)))
+    total = 0.0
+    for i, upper in enumerate(uppers):
+        height = upper - front[i, -1]
+        if height > 0:
+            slab = front[: i + 1, :-1]
+            total += height * _volume(slab[non_dominated(slab)], reference[:-1])
+    return total
