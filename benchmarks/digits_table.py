@@ -74,7 +74,8 @@ def network(config: dict[str, Any]) -> nn.Sequential:
     layers: list[nn.Module] = []
     width = 64
     for _ in range(config["depth"]):
-        layers += [nn.Linear(width, config["width"]), _ACTIVATIONS[config["activation"]](), nn.Dropout(config["dropout"])]
+        layers += [nn.Linear(width, config["width"]), _ACTIVATIONS[config["activation"]]()]
+        layers += [nn.Dropout(config["dropout"])]
         width = config["width"]
     return nn.Sequential(*layers, nn.Linear(width, 10))
 

@@ -30,6 +30,7 @@ from lightning_optcore.search.space import Params, Space, key_of
 _EXCEEDED = 1e12
 # The surrogate learns from this many trials at most, the population and the newest.
 _LEARNED_FROM = 400
+_CROSSOVERS: Mapping[str, Crossover] = {"uniform": UniformCrossover(), "sbx": SimulatedBinaryCrossover()}
 
 
 class Evolutionary(Searcher):
@@ -89,7 +90,8 @@ class Evolutionary(Searcher):
         mutation: Mutation | None = None,
     ) -> None:
         super().__init__(space, directions, seed=seed, initial=initial)
-        for name, value in (("generations", generations), ("population_size", population_size), ("pool_size", pool_size)):
+        sizes = {"generations": generations, "population_size": population_size, "pool_size": pool_size}
+        for name, value in sizes.items():
             if value < 1:
                 raise SearchError(f"{name}={value}: expected a positive number")
         if not 0 <= elite_size <= population_size:
@@ -108,7 +110,7 @@ class Evolutionary(Searcher):
         self.exploration = exploration
         self.initial_trials = initial_trials or (min(10, population_size) if surrogate else population_size)
         self._select = selection or TournamentSelection()
-        self._crossovers = dict(crossovers or {"uniform": UniformCrossover(), "sbx": SimulatedBinaryCrossover()})
+        self._crossovers: dict[str, Crossover] = dict(crossovers or _CROSSOVERS)
         self._mutate = mutation or PolynomialMutation()
         self._rates = OperatorRates([*self._crossovers, "mutation", "focus", "random"], floor=0.05)
         self._openness = 0.5

@@ -82,7 +82,7 @@ class Expression:
 
 
 class _Resolver(ast.NodeTransformer):
-    """Turns ``model.width`` into ``params['model.width']`` and lets nothing else pass that could do more than compute."""
+    """Turns ``model.width`` into ``params['model.width']``; what could do more than compute does not pass."""
 
     def __init__(self, text: str, known: set[str], used: set[str]) -> None:
         self._text = text
@@ -106,7 +106,7 @@ class _Resolver(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def _parameter(self, name: str | None, node: ast.AST) -> ast.expr:
-        if name in _WORDS:
+        if name is not None and name in _WORDS:
             return ast.Constant(_WORDS[name])
         if name is None or name not in self._known:
             raise self._error(f"{name!r} is no parameter; there are {', '.join(sorted(self._known))}")

@@ -85,11 +85,11 @@ class Searcher(ABC):
         seed: int = 0,
         initial: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        directions = (directions,) if isinstance(directions, str) else tuple(directions)
-        if not directions or any(direction not in ("minimize", "maximize") for direction in directions):
-            raise SearchError(f"directions={list(directions)}: expected minimize or maximize for every objective")
+        known = ("minimize", "maximize")
+        if isinstance(directions, str) or not directions or any(one not in known for one in directions):
+            raise SearchError(f"directions={directions!r}: expected a list of minimize or maximize for every objective")
         self.space = space
-        self.directions: tuple[Direction, ...] = directions
+        self.directions: tuple[Direction, ...] = tuple(directions)
         self.seed = seed
         self.trials: list[Trial] = []
         self._initial = [dict(point) for point in initial]
@@ -243,14 +243,14 @@ class Searcher(ABC):
     def _propose(self, n: int) -> list[tuple[Params, str]]:
         """Return about ``n`` points, none of them in ``self._seen``, and what proposed each; none at the end."""
 
-    def _learn(self, trial: Trial) -> None:
+    def _learn(self, trial: Trial) -> None:  # noqa: B027 - optional
         """Take a new trial, which is in ``self.trials`` by now."""
 
     def _own_state(self) -> dict[str, Any]:
         """Return what does not follow from the trials."""
         return {}
 
-    def _load_own_state(self, own: Mapping[str, Any]) -> None:
+    def _load_own_state(self, own: Mapping[str, Any]) -> None:  # noqa: B027 - optional
         """Restore it; the trials are there by now."""
 
     def _new_point(self) -> Params | None:

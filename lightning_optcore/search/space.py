@@ -194,7 +194,7 @@ class Space:
         self.conditions = dict(conditions or {})
         self._names = list(self.parameters)
         self._kinds = list(self.parameters.values())
-        self._rules = [
+        self._rules: list[Callable[[Params], bool]] = [
             Expression(rule, self._names) if isinstance(rule, str) else rule for rule in self.constraints
         ]
         for name in self.conditions:
@@ -232,7 +232,7 @@ class Space:
                 return params
         if self._listed is not None:
             return dict(self._listed[rng.integers(len(self._listed))])
-        raise SpaceError(f"constraints {self._rule_texts()} were met by none of {_ATTEMPTS:,} random points; widen them")
+        raise SpaceError(f"constraints {self._rule_texts()} were met by none of {_ATTEMPTS:,} random points")
 
     def random_genomes(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Return genomes at random, whatever the rules say, of shape (count, parameters)."""
@@ -252,9 +252,7 @@ class Space:
 
     def decode(self, genome: Sequence[float] | Genome) -> Params:
         """Return the values of a genome; inactive parameters are left out."""
-        params = {
-            name: kind.value(gene) for name, kind, gene in zip(self._names, self._kinds, genome, strict=True)
-        }
+        params = {name: kind.value(gene) for name, kind, gene in zip(self._names, self._kinds, genome, strict=True)}
         for name, condition in self._conditions.items():
             if not condition(params):
                 del params[name]
@@ -342,7 +340,10 @@ class Space:
 
     @cached_property
     def _widths(self) -> list[int]:
-        return [kind.count if not kind.ordered and kind.count > 2 else 1 for kind in self._kinds]  # type: ignore[misc]
+        return [
+            kind.count if isinstance(kind, Choice) and not kind.ordered and kind.count > 2 else 1
+            for kind in self._kinds
+        ]
 
     @property
     def _unruled(self) -> float:
@@ -370,7 +371,9 @@ class Space:
         return itertools.product(*axes)
 
     def _rule_texts(self) -> list[str]:
-        return [rule if isinstance(rule, str) else getattr(rule, "__qualname__", repr(rule)) for rule in self.constraints]
+        return [
+            rule if isinstance(rule, str) else getattr(rule, "__qualname__", repr(rule)) for rule in self.constraints
+        ]
 
     def _check(self) -> None:
         if self._listed is not None and not self._listed:

@@ -26,7 +26,7 @@ class Surrogate:
 
     def fit(self, features: np.ndarray, costs: np.ndarray) -> Surrogate:
         """Learn from trials: ``features`` of shape (trials, columns), ``costs`` of shape (trials, objectives)."""
-        self._forest.fit(features, costs)
+        self._forest.fit(features, costs if costs.shape[1] > 1 else costs[:, 0])
         return self
 
     def predict(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -124,7 +124,7 @@ def test_what_is_no_number_is_a_failure():
 
 def test_wrong_use_says_what_would_be_right():
     space = mixed_space()
-    with pytest.raises(SearchError, match="directions=.*expected minimize or maximize"):
+    with pytest.raises(SearchError, match=r"directions=.*expected a list of minimize or maximize"):
         Random(space, ["upwards"])
     with pytest.raises(SearchError, match=r"ask\(0\)"):
         Random(space).ask(0)

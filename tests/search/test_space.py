@@ -24,9 +24,7 @@ EVERYTHING = {
 
 
 def test_every_point_comes_back_as_itself():
-    space = Space(
-        EVERYTHING, constraints=["width * depth <= 128"], conditions={"units": "model == 'mlp'"}
-    )
+    space = Space(EVERYTHING, constraints=["width * depth <= 128"], conditions={"units": "model == 'mlp'"})
     rng = np.random.default_rng(0)
     seen = []
     for _ in range(300):
@@ -54,9 +52,7 @@ def test_size_counts_the_points_that_the_rules_leave():
 
 
 def test_conditions_follow_each_other():
-    space = Space(
-        {"c": "range(1,4)", "b": "on,off", "a": "on,off"}, conditions={"c": "b == 'on'", "b": "a == 'on'"}
-    )
+    space = Space({"c": "range(1,4)", "b": "on,off", "a": "on,off"}, conditions={"c": "b == 'on'", "b": "a == 'on'"})
     assert {tuple(sorted(point)) for point in space.points()} == {("a",), ("a", "b"), ("a", "b", "c")}
     with pytest.raises(SpaceError, match="circle"):
         Space({"a": "1,2", "b": "1,2"}, conditions={"a": "b == 1", "b": "a == 1"})
@@ -134,7 +130,10 @@ def test_differences_are_shown():
     ]
 
 
-@pytest.mark.parametrize("value", ["plain", "a b", "a,b", "null", "1e3", "x=y", "it's", "", None, True, 3, 0.5, [1, "b,c"]])
+VALUES = ["plain", "a b", "a,b", "null", "1e3", "x=y", "it's", "", None, True, 3, 0.5, [1, "b,c"]]
+
+
+@pytest.mark.parametrize("value", VALUES)
 def test_an_override_is_read_back_as_it_was(value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
