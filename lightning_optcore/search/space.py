@@ -176,7 +176,7 @@ class Space:
     Example:
         >>> space = Space({"width": "choice(16,32,64)", "depth": "range(1,5)"}, constraints=["width * depth <= 64"])
         >>> space.size
-        8
+        7
         >>> space.is_feasible({"width": 64, "depth": 2})
         False
     """
