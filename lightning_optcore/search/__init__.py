@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_optcore.search.evolutionary import Evolutionary
     from lightning_optcore.search.expressions import ExpressionError
     from lightning_optcore.search.pareto import hypervolume
+    from lightning_optcore.search.quantum_inspired import QuantumInspired
     from lightning_optcore.search.sampling import Grid, Random
     from lightning_optcore.search.searcher import Candidate, Searcher, SearchError, Trial
     from lightning_optcore.search.space import Space, SpaceError
@@ -21,6 +22,7 @@ _HOME_OF = {
     "Evolutionary": "evolutionary",
     "ExpressionError": "expressions",
     "Grid": "sampling",
+    "QuantumInspired": "quantum_inspired",
     "Random": "sampling",
     "SearchError": "searcher",
     "Searcher": "searcher",
@@ -35,6 +37,7 @@ __all__ = [
     "Evolutionary",
     "ExpressionError",
     "Grid",
+    "QuantumInspired",
     "Random",
     "SearchError",
     "Searcher",

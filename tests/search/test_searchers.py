@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from lightning_optcore.search import Candidate, Evolutionary, Grid, Random, SearchError, Space, SpaceError, hypervolume
+from lightning_optcore.search import (
+    Candidate,
+    Evolutionary,
+    Grid,
+    QuantumInspired,
+    Random,
+    SearchError,
+    Space,
+    SpaceError,
+    hypervolume,
+)
 from lightning_optcore.search.operators import (
     CrowdingSelection,
     OperatorRates,
@@ -21,6 +32,7 @@ SEARCHERS = [
     Random,
     Grid,
     Evolutionary,
+    QuantumInspired,
     lambda *args, **kwargs: Evolutionary(*args, surrogate=False, population_size=8, **kwargs),
     lambda *args, **kwargs: Evolutionary(*args, adaptive=False, initial_trials=4, **kwargs),
 ]
@@ -171,22 +183,87 @@ def test_a_limit_that_is_exceeded_comes_after_all_that_keep_it():
     assert [trial.violation for trial in searcher.population] == [0.0] * 4
 
 
-@pytest.mark.parametrize("surrogate", [True, False])
-def test_evolution_beats_chance(surrogate):
-    reference = np.array([2.0, 14.0])
+LEARNERS = [
+    lambda *args, **kwargs: Evolutionary(*args, population_size=12, **kwargs),
+    lambda *args, **kwargs: Evolutionary(*args, population_size=12, surrogate=False, **kwargs),
+    QuantumInspired,
+]
 
-    def volume(searcher):
-        for _ in range(60):
+
+def volume(searcher, objectives, reference, trials):
+    for _ in range(trials):
+        (candidate,) = searcher.ask()
+        searcher.tell(candidate, objectives(candidate.params))
+    return hypervolume(np.array([trial.objectives for trial in searcher.pareto_front()]), np.array(reference))
+
+
+def beats_chance(make, space, objectives, reference, trials=60):
+    def volumes(maker):
+        searchers = (maker(space, ["minimize", "minimize"], seed=seed) for seed in range(6))
+        return [volume(searcher, objectives, reference, trials) for searcher in searchers]
+
+    learned, drawn = volumes(make), volumes(Random)
+    assert np.mean(learned) > np.mean(drawn)
+    assert sum(a > b for a, b in zip(learned, drawn, strict=True)) >= 5
+
+
+@pytest.mark.parametrize(("make", "trials"), zip(LEARNERS, [60, 200, 200], strict=True))
+def test_what_learns_beats_chance_among_decisions(make, trials):
+    """Eight layers of four kinds: a dear one is worth more, and more so after another dear one."""
+    space = Space({f"layer{i}": "none,pool,small,large" for i in range(8)})
+    worth = {"none": 0, "pool": 1, "small": 2, "large": 3}
+
+    def objectives(params):
+        layers = [worth[params[f"layer{i}"]] for i in range(8)]
+        bonus = sum(a * b for a, b in itertools.pairwise(layers))
+        return [-sum(layers) - bonus, sum(layer**2 for layer in layers)]
+
+    beats_chance(make, space, objectives, [0.0, 73.0], trials)
+
+
+@pytest.mark.parametrize("make", LEARNERS[:2])
+def test_evolution_beats_chance_in_a_mixed_space(make):
+    beats_chance(make, mixed_space(), two_objectives, [2.0, 14.0])
+
+
+def test_interference_concentrates_and_never_decides():
+    space = Space(dict.fromkeys("abcdefghij", "choice(0,1)"))
+    searcher = QuantumInspired(space, ["maximize"], seed=0, registers=1)
+    for _ in range(100):
+        (candidate,) = searcher.ask()
+        searcher.tell(candidate, sum(candidate.params.values()))
+    for chances in searcher.probabilities().values():
+        assert chances.sum() == pytest.approx(1)
+        assert chances[1] > 0.8
+        assert chances[0] > 0.04
+
+
+def test_entanglement_draws_what_went_well_together():
+    space = Space({"a": "x,y", "b": "x,y", "lr": "interval(0.0,1.0)"})
+
+    def share_of_equal(strength):
+        options = {"entanglement_strength": strength, "local_search": 0.0, "rotation": 1e-6}
+        searcher = QuantumInspired(space, seed=0, **options)
+        for _ in range(80):
             (candidate,) = searcher.ask()
-            searcher.tell(candidate, two_objectives(candidate.params))
-        return hypervolume(np.array([trial.objectives for trial in searcher.pareto_front()]), reference)
+            equal = candidate.params["a"] == candidate.params["b"]
+            searcher.tell(candidate, candidate.params["lr"] * 0.1 + (not equal))
+        asked = [trial.params for trial in searcher.trials[20:]]
+        return sum(params["a"] == params["b"] for params in asked) / len(asked)
 
-    directions = ["minimize", "minimize"]
-    options = {"surrogate": surrogate, "population_size": 12}
-    evolved = [volume(Evolutionary(mixed_space(), directions, seed=seed, **options)) for seed in range(6)]
-    drawn = [volume(Random(mixed_space(), directions, seed=seed)) for seed in range(6)]
-    assert np.mean(evolved) > np.mean(drawn)
-    assert sum(a > b for a, b in zip(evolved, drawn, strict=True)) >= 5
+    assert share_of_equal(1.0) > share_of_equal(0.0) + 0.1
+
+
+def test_quantum_inspired_says_what_is_out_of_range():
+    space = mixed_space()
+    for options, message in (
+        ({"superposition_level": 1.5}, "superposition_level=1.5: expected 0 to 1"),
+        ({"target": 1}, "target=1: expected the index of one of 1"),
+        ({"registers": 0}, "registers=0"),
+        ({"rotation": 4.0}, "rotation=4.0"),
+    ):
+        with pytest.raises(SearchError, match=message):
+            QuantumInspired(space, **options)
 
 
 def test_generations_end_the_search():

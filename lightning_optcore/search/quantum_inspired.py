@@ -1,0 +1,235 @@
+"""Quantum-inspired evolutionary search: a population of probabilities in the dress of amplitudes.
+
+It runs on an ordinary processor and claims no quantum speed-up. What the words stand for:
+
+- *superposition*: every decision is a vector of amplitudes over its values; their squares are the probabilities;
+- *observation*: a candidate is drawn from them;
+- *interference*: the amplitudes are rotated towards the best that was seen (Han and Kim, IEEE Transactions on
+  Evolutionary Computation 6(6), 2002; here a decision may have more than two values, and the rotation is in the plane
+  of the amplitudes and the best value); no amplitude vanishes (their gate H-epsilon, 2004);
+- *entanglement*: decisions are drawn one after the other, each leaning to what went well together with those drawn
+  before it, by the pointwise mutual information within the better trials.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lightning_optcore.search.operators import PolynomialMutation
+from lightning_optcore.search.searcher import Direction, Searcher, SearchError, Trial
+from lightning_optcore.search.space import Params, Space, key_of
+
+# How often a register is observed anew where what it gave was asked for before.
+_ATTEMPTS = 50
+
+
+class QuantumInspired(Searcher):
+    """Han and Kim's QIEA for several objectives and decisions of many values, with a local search beside it.
+
+    Args:
+        space: What is searched; an interval is cut into ``levels`` cells.
+        directions: ``"minimize"`` or ``"maximize"`` for every objective.
+        seed: Makes the candidates repeatable.
+        initial: Points to try first, e.g. the default configuration.
+        superposition_level: How much of a decision stays undecided, 0 to 1: no value's probability falls below a
+            fifth of this share of the uniform one.
+        entanglement_strength: How much a decision leans to those drawn before it, 0 to 1.
+        target: Index of the objective that every second register attends to alone; ``None`` spreads all of them.
+        registers: How many registers there are, each with its own weights of the objectives.
+        rotation: Angle of one rotation, in radians.
+        levels: Cells of an interval, and of a range of more values than these.
+        local_search: Share of the candidates that are neighbours of the front.
+        initial_trials: Random trials before the first observation.
+
+    Raises:
+        SearchError: If a number is out of range.
+
+    Example:
+        >>> space = Space({name: "choice(0,1)" for name in "abcdefgh"})
+        >>> searcher = QuantumInspired(space, ["maximize"], seed=0)
+        >>> for _ in range(60):
+        ...     (candidate,) = searcher.ask()
+        ...     trial = searcher.tell(candidate, sum(candidate.params.values()))
+        >>> searcher.best().objectives
+        (8.0,)
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        directions: Sequence[Direction] = ("minimize",),
+        *,
+        seed: int = 0,
+        initial: Sequence[Mapping[str, Any]] = (),
+        superposition_level: float = 0.5,
+        entanglement_strength: float = 0.8,
+        target: int | None = None,
+        registers: int = 5,
+        rotation: float = 0.02 * math.pi,
+        levels: int = 16,
+        local_search: float = 0.6,
+        initial_trials: int = 10,
+    ) -> None:
+        super().__init__(space, directions, seed=seed, initial=initial)
+        shares = {
+            "superposition_level": superposition_level,
+            "entanglement_strength": entanglement_strength,
+            "local_search": local_search,
+        }
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise SearchError(f"{name}={share}: expected 0 to 1")
+        for name, value in (("registers", registers), ("levels", levels), ("initial_trials", initial_trials)):
+            if value < 1:
+                raise SearchError(f"{name}={value}: expected a positive number")
+        if target is not None and not 0 <= target < len(directions):
+            raise SearchError(f"target={target}: expected the index of one of {len(directions)} objectives")
+        if not 0 < rotation <= math.pi / 2:
+            raise SearchError(f"rotation={rotation}: expected an angle up to pi/2")
+        self.superposition_level = superposition_level
+        self.entanglement_strength = entanglement_strength
+        self.target = target
+        self.rotation = rotation
+        self.local_search = local_search
+        self.initial_trials = initial_trials
+        counts = space.gene_counts
+        self._sizes = [
+            int(min(count or levels, levels)) if ordered else int(count)
+            for count, ordered in zip(counts, space.ordered, strict=True)
+        ]
+        self._amplitudes = [[np.full(k, k**-0.5) for k in self._sizes] for _ in range(registers)]
+        self._weights = _spread(registers, len(directions), target)
+        self._register = 0
+        self._mutate = PolynomialMutation()
+
+    def probabilities(self, register: int = 0) -> dict[str, np.ndarray]:
+        """Return the probabilities of every decision's values, or cells, in one register."""
+        names = self.space.parameters
+        return {name: a**2 for name, a in zip(names, self._amplitudes[register], strict=True)}
+
+    def _propose(self, n: int) -> list[tuple[Params, str]]:
+        if len(self._seen) < self.initial_trials or not self._front:
+            point = self._new_point()
+            return [] if point is None else [(point, "random")]
+        local = self._rng.random() < self.local_search
+        register = self._register
+        if not local:
+            self._register = (register + 1) % len(self._amplitudes)
+        for _ in range(_ATTEMPTS):
+            genome = self._neighbour() if local else self._observed(register)
+            params = self.space.decode(genome)
+            if key_of(params) not in self._seen and self.space.is_feasible(params):
+                return [(params, "local" if local else f"register {register}")]
+        point = self._new_point()
+        return [] if point is None else [(point, "random")]
+
+    def _neighbour(self) -> np.ndarray:
+        member = self.trials[self._front[self._rng.integers(len(self._front))]]
+        genome = self.space.encode(member.params)
+        # One decision changed, and now and then a second one.
+        return self._mutate(self.space, genome[None], 0.5 / len(genome), self._rng)[0]
+
+    def _observed(self, register: int) -> np.ndarray:
+        """Return a genome drawn from a register, decision after decision."""
+        rng, cells = self._rng, np.zeros(len(self.space), dtype=int)
+        better = self._cells_of_better()
+        drawn: list[int] = []
+        for i in rng.permutation(len(self.space)):
+            chances = self._amplitudes[register][i] ** 2
+            if drawn and self.entanglement_strength > 0:
+                leaning = np.mean([self._information(better, i, j, cells[j]) for j in drawn], axis=0)
+                chances = chances * np.exp(self.entanglement_strength * leaning)
+            cells[i] = rng.choice(len(chances), p=chances / chances.sum())
+            drawn.append(int(i))
+        return self._genome(cells)
+
+    def _cells_of_better(self) -> np.ndarray:
+        """Return the decisions of the better half of what succeeded: of each register's weights its share."""
+        scores = self._scores(range(len(self._amplitudes)))
+        count = max(4, len(scores) // 2)
+        best = np.argsort(scores.min(axis=1), kind="stable")[:count]
+        return np.array([self._cells(self.space.encode(self._succeeded[i].params)) for i in best])
+
+    def _information(self, better: np.ndarray, i: int, j: int, value: int) -> np.ndarray:
+        """Return the pointwise mutual information of every value of ``i`` with ``value`` of ``j``, smoothed."""
+        k = self._sizes[i]
+        together = np.bincount(better[better[:, j] == value, i], minlength=k) + 1.0
+        alone = np.bincount(better[:, i], minlength=k) + 1.0
+        return np.log(together / together.sum()) - np.log(alone / alone.sum())
+
+    def _cells(self, genome: np.ndarray) -> np.ndarray:
+        sizes = np.array(self._sizes)
+        counts = self.space.gene_counts
+        positions = np.where(counts > 0, (genome + 0.5) / np.maximum(counts, 1), genome)
+        return np.minimum((positions * sizes).astype(int), sizes - 1)
+
+    def _genome(self, cells: np.ndarray) -> np.ndarray:
+        sizes, counts = np.array(self._sizes), self.space.gene_counts
+        positions = (cells + self._rng.random(len(cells))) / sizes
+        return np.where(counts > 0, np.minimum(np.floor(positions * counts), counts - 1), positions)
+
+    @property
+    def _succeeded(self) -> list[Trial]:
+        return [trial for trial in self.trials if trial.objectives is not None and not trial.violation]
+
+    def _scores(self, registers: Sequence[int]) -> np.ndarray:
+        """Return what every success is worth to each register: the augmented Chebyshev norm, less being better."""
+        costs = np.array([self.costs_of(trial) for trial in self._succeeded])
+        low = costs.min(0)
+        units = (costs - low) / np.maximum(np.median(costs, 0) - low, 1e-12)
+        weighted = units[:, None, :] * self._weights[list(registers)][None]
+        return weighted.max(-1) + 0.05 * weighted.sum(-1)
+
+    def _learn(self, trial: Trial) -> None:
+        origin = trial.candidate.origin
+        if trial.objectives is None or trial.violation or not self._front:
+            return
+        scores = self._scores(range(len(self._amplitudes)))
+        successes = self._succeeded
+        for register in range(len(self._amplitudes)):
+            best = successes[int(np.argmin(scores[:, register]))]
+            # Each register learns from what it drew itself, and all from what is new and best to them.
+            if origin == f"register {register}" or best is trial:
+                self._rotate(register, self._cells(self.space.encode(best.params)))
+
+    def _rotate(self, register: int, best: np.ndarray) -> None:
+        for i, amplitudes in enumerate(self._amplitudes[register]):
+            k = len(amplitudes)
+            if k == 1:
+                continue
+            towards = amplitudes[best[i]]
+            rest = math.sqrt(max(0.0, 1.0 - towards**2))
+            least = math.sqrt(self.superposition_level / (5 * k))
+            angle = min(math.asin(min(1.0, towards)) + self.rotation, math.pi / 2)
+            turned = amplitudes * (math.cos(angle) / rest if rest > 0 else 0.0)
+            turned[best[i]] = math.sin(angle)
+            turned = np.maximum(turned, least)
+            self._amplitudes[register][i] = turned / np.linalg.norm(turned)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "amplitudes": [[a.tolist() for a in register] for register in self._amplitudes],
+            "register": self._register,
+        }
+
+    def _load_own_state(self, own: Mapping[str, Any]) -> None:
+        self._amplitudes = [[np.array(a) for a in register] for register in own["amplitudes"]]
+        self._register = own["register"]
+
+
+def _spread(registers: int, objectives: int, target: int | None) -> np.ndarray:
+    """Return weights of the objectives for every register, evenly spread over the simplex, of shape (both)."""
+    rng = np.random.default_rng(0)
+    if objectives == 2:
+        first = np.linspace(0.05, 0.95, registers) if registers > 1 else np.array([0.5])
+        weights = np.stack([first, 1 - first], axis=1)
+    else:
+        weights = rng.dirichlet(np.ones(objectives), size=registers)
+    if target is not None:
+        weights[::2] = 0.01
+        weights[::2, target] = 1.0
+    return weights
