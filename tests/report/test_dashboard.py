@@ -73,11 +73,17 @@ def served(folder: Path, *overrides: str):
 
 def seen(browser: str, address: str, folder: Path, screenshot: Path | None = None) -> str:
     """Return the page as a browser has it after some seconds."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}", "--timeout=8000",
-             "--window-size=1200,1400", "--virtual-time-budget=6000"]  # fmt: skip
     what = ["--dump-dom"] if screenshot is None else [f"--screenshot={screenshot}"]
-    done = subprocess.run([browser, *flags, *what, address], capture_output=True, text=True, timeout=120, check=False)
-    return done.stdout
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--timeout=8000", "--window-size=1200,1400",
+             "--virtual-time-budget=6000", *what, address]  # fmt: skip
+    # A headless Chromium hangs at its start now and then, and then never ends: it gets a second, fresh profile.
+    for attempt, seconds in enumerate((45, 90)):
+        command = [browser, f"--user-data-dir={folder / f'browser{attempt}'}", *flags]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False).stdout
+        except subprocess.TimeoutExpired as error:
+            hung = error
+    raise hung
 
 
 def test_a_browser_follows_a_run_while_it_goes_on(browser, tmp_path):
