@@ -94,6 +94,8 @@ class Evolutionary(Searcher):
         for name, value in sizes.items():
             if value < 1:
                 raise SearchError(f"{name}={value}: expected a positive number")
+        if population_size < 2:
+            raise SearchError(f"population_size={population_size}: expected at least two parents")
         if not 0 <= elite_size <= population_size:
             raise SearchError(f"elite_size={elite_size}: expected 0 to population_size={population_size}")
         for name, rate in (("mutation_rate", mutation_rate), ("crossover_rate", crossover_rate)):
@@ -218,15 +220,13 @@ class Evolutionary(Searcher):
 
     def _learn(self, trial: Trial) -> None:
         index = len(self.trials) - 1
-        kept = False
         if trial.objectives is not None:
             members = [*self._population, index]
             self._population = [members[i] for i in survivors(self._ranking_costs(members), self.population_size)]
-            kept = index in self._population
         if not self.adaptive or len(self.trials) <= self.initial_trials:
             return
         improved = index in self._front
-        self._rates.learn(trial.candidate.origin, improved if self._front else kept)
+        self._rates.learn(trial.candidate.origin, improved)
         # The one-fifth rule (Rechenberg, 1973): contract where that pays, re-open where it does not.
         self._openness = float(np.clip(self._openness * (0.9 if improved else 0.9**-0.25), 0.1, 0.9))
 

@@ -73,7 +73,7 @@ def override_text(key: str, value: Any) -> str:
 
 def _element(value: Any) -> Any:
     if isinstance(value, str):
-        return value if _reads_back(value) else QuotedString(value, _QUOTE)
+        return value if _reads_back(value) else QuotedString(value, Quote.single)
     if isinstance(value, dict):
         return {key: _element(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -97,6 +97,3 @@ def _interval(sweep: IntervalSweep, tags: set[str]) -> Interval:
     integer = "int" in tags or (isinstance(sweep.start, int) and isinstance(sweep.end, int))
     low, high = (int(sweep.start), int(sweep.end)) if integer else (float(sweep.start), float(sweep.end))
     return Interval(low, high, log="log" in tags, integer=integer)
-
-
-_QUOTE = Quote.single

@@ -148,11 +148,11 @@ class QuantumInspired(Searcher):
         return self._genome(cells)
 
     def _cells_of_better(self) -> np.ndarray:
-        """Return the decisions of the better half of what succeeded: of each register's weights its share."""
-        scores = self._scores(range(len(self._amplitudes)))
+        """Return the decisions of the better half of what succeeded, by the register that likes each most."""
+        scores, succeeded = self._scores(), self._succeeded
         count = max(4, len(scores) // 2)
         best = np.argsort(scores.min(axis=1), kind="stable")[:count]
-        return np.array([self._cells(self.space.encode(self._succeeded[i].params)) for i in best])
+        return np.array([self._cells(self.space.encode(succeeded[i].params)) for i in best])
 
     def _information(self, better: np.ndarray, i: int, j: int, value: int) -> np.ndarray:
         """Return the pointwise mutual information of every value of ``i`` with ``value`` of ``j``, smoothed."""
@@ -176,19 +176,19 @@ class QuantumInspired(Searcher):
     def _succeeded(self) -> list[Trial]:
         return [trial for trial in self.trials if trial.objectives is not None and not trial.violation]
 
-    def _scores(self, registers: Sequence[int]) -> np.ndarray:
+    def _scores(self) -> np.ndarray:
         """Return what every success is worth to each register: the augmented Chebyshev norm, less being better."""
         costs = np.array([self.costs_of(trial) for trial in self._succeeded])
         low = costs.min(0)
         units = (costs - low) / np.maximum(np.median(costs, 0) - low, 1e-12)
-        weighted = units[:, None, :] * self._weights[list(registers)][None]
+        weighted = units[:, None, :] * self._weights[None]
         return weighted.max(-1) + 0.05 * weighted.sum(-1)
 
     def _learn(self, trial: Trial) -> None:
         origin = trial.candidate.origin
         if trial.objectives is None or trial.violation or not self._front:
             return
-        scores = self._scores(range(len(self._amplitudes)))
+        scores = self._scores()
         successes = self._succeeded
         for register in range(len(self._amplitudes)):
             best = successes[int(np.argmin(scores[:, register]))]

@@ -254,15 +254,17 @@ class Searcher(ABC):
         """Restore it; the trials are there by now."""
 
     def _new_point(self) -> Params | None:
-        """Return a random point that was not asked for yet, or ``None`` if there is none."""
+        """Return a random point that was not asked for yet, or ``None`` if there is none (or too few to meet one)."""
         for _ in range(100):
-            params = self.space.sample(self._rng)
+            try:
+                params = self.space.sample(self._rng)
+            except SpaceError:
+                # The rules leave so few points that chance met none: try on, up to the same end.
+                continue
             if key_of(params) not in self._seen:
                 return params
         points = self.space.points()
-        if points is None:
-            return self.space.sample(self._rng)
-        left = [point for point in points if key_of(point) not in self._seen]
+        left = [point for point in points or [] if key_of(point) not in self._seen]
         return left[self._rng.integers(len(left))] if left else None
 
     def _trial(

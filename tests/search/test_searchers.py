@@ -115,6 +115,13 @@ def test_a_small_space_ends_when_every_point_was_asked(make):
     assert sorted(map(str, found)) == sorted(map(str, space.points()))
 
 
+def test_a_large_space_with_few_points_ends_without_repeating_one():
+    space = Space(dict.fromkeys(("a", "b", "c"), "range(0,40)"), constraints=["a + b + c <= 6"])
+    searcher = Random(space, seed=0)
+    found = [str(candidate.params) for candidate in searcher.ask(100)]
+    assert 60 < len(set(found)) == len(found) <= 84
+
+
 @pytest.mark.parametrize("make", SEARCHERS)
 def test_every_trial_may_fail(make):
     searcher = make(mixed_space(), ["maximize", "minimize"], seed=0)
@@ -207,7 +214,7 @@ def beats_chance(make, space, objectives, reference, trials=60):
     assert sum(a > b for a, b in zip(learned, drawn, strict=True)) >= 5
 
 
-@pytest.mark.parametrize(("make", "trials"), zip(LEARNERS, [60, 200, 200], strict=True))
+@pytest.mark.parametrize(("make", "trials"), list(zip(LEARNERS, [60, 200, 200], strict=True)))
 def test_what_learns_beats_chance_among_decisions(make, trials):
     """Eight layers of four kinds: a dear one is worth more, and more so after another dear one."""
     space = Space({f"layer{i}": "none,pool,small,large" for i in range(8)})
