@@ -9,7 +9,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,41 @@ def model_fingerprint(model: Any, config: Any = None) -> str:
     return fingerprint([_without_places(config, top=False), structure, sources])
 
 
+def code_fingerprint(objects: Iterable[Any]) -> str:
+    """Return the fingerprint of the code that classes or functions come from.
+
+    It covers the files of their modules and of all modules of the project that these use by name; a library counts
+    with its version.
+    """
+    waiting = [module for one in objects for module in _modules_of(one)]
+    parts: dict[str, str] = {}
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        file = getattr(module, "__file__", None)
+        package = name.partition(".")[0]
+        if name in parts or file is None or (package in sys.stdlib_module_names and package != "__main__"):
+            continue
+        if "site-packages" in Path(file).parts:
+            parts[package] = _version(package)
+            continue
+        parts[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else ""
+        if not hasattr(module, "__path__"):
+            # What a package's own namespace holds depends on what was imported so far.
+            waiting += [used for value in list(vars(module).values()) for used in _modules_of(value)]
+    return fingerprint(parts)
+
+
+def files_fingerprint(config: Any) -> str:
+    """Return the fingerprint of names, sizes and times of the files below ``root`` and ``data_dir`` of a configuration."""
+    found = []
+    for folder in sorted(set(_data_folders(config))):
+        for file in sorted(Path(folder).expanduser().rglob("*")):
+            if file.is_file():
+                found.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    return fingerprint(found)
+
+
 def data_fingerprint(data: Any, config: Any = None) -> str:
     """Return the fingerprint of data: its configuration, length and content.
 
@@ -104,6 +140,27 @@ def _without_places(value: Any, *, top: bool) -> Any:
     if isinstance(value, (list, tuple)):
         return [_without_places(item, top=False) for item in value]
     return value
+
+
+def _modules_of(value: Any) -> list[str]:
+    if isinstance(value, types.ModuleType):
+        return [value.__name__]
+    if isinstance(value, type):
+        return [cls.__module__ for cls in value.__mro__]
+    name = getattr(value, "__module__", None)
+    return [name if isinstance(name, str) else type(value).__module__]
+
+
+def _data_folders(config: Any) -> Iterator[str]:
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key in ("root", "data_dir") and isinstance(value, str):
+                yield value
+            else:
+                yield from _data_folders(value)
+    elif isinstance(config, (list, tuple)):
+        for item in config:
+            yield from _data_folders(item)
 
 
 def _sources(classes: Iterable[type]) -> list[str]:

@@ -143,7 +143,7 @@ class Store:
             StoreError: If ``parent`` is no run.
         """
         values = {
-            "created_at": _now(),
+            "created_at": now(),
             "job": job,
             "status": "running",
             "overrides": _dump(list(overrides)),
@@ -157,7 +157,7 @@ class Store:
             "host": platform.node(),
             "pid": os.getpid(),
         }
-        with self._writing() as connection:
+        with self.writing() as connection:
             if parent is not None:
                 self._require(connection, parent)
             result = connection.execute(sa.insert(tables.runs).values(values))
@@ -190,7 +190,7 @@ class Store:
         """
         if status not in STATUSES[1:]:
             raise StoreError(f"status={status!r}: expected one of {', '.join(STATUSES[1:])}")
-        self._set(run_id, {"status": status, "error": error, "finished_at": _now()})
+        self._set(run_id, {"status": status, "error": error, "finished_at": now()})
 
     def add_measurement(self, run_id: int, role: str, measurement: Measurement) -> None:
         """Write a measurement as ``"before"`` or ``"after"``; one of the same role is replaced."""
@@ -198,7 +198,7 @@ class Store:
             {"run_id": run_id, "role": role, "name": name, "value": _storable(value)}
             for name, value in measurement.scalars().items()
         ]
-        with self._writing() as connection:
+        with self.writing() as connection:
             self._require(connection, run_id)
             for table in (tables.measurements, tables.scalars):
                 connection.execute(sa.delete(table).where(table.c.run_id == run_id, table.c.role == role))
@@ -212,7 +212,7 @@ class Store:
             {"run_id": run_id, "step": step, "epoch": epoch, "name": name, "value": _storable(value)}
             for name, value in values.items()
         ]
-        with self._writing() as connection:
+        with self.writing() as connection:
             self._require(connection, run_id)
             if rows:
                 connection.execute(sa.insert(tables.curves), rows)
@@ -220,7 +220,7 @@ class Store:
     def add_profile(self, run_id: int, stage: str, content: Mapping[str, Any]) -> None:
         """Write what the profiler said of a run; of the same stage the newest stays."""
         table = tables.profiles
-        with self._writing() as connection:
+        with self.writing() as connection:
             self._require(connection, run_id)
             connection.execute(sa.delete(table).where(table.c.run_id == run_id, table.c.stage == stage))
             connection.execute(sa.insert(table).values(run_id=run_id, stage=stage, content=_dump(dict(content))))
@@ -228,7 +228,7 @@ class Store:
     def profiles(self, run_id: int) -> dict[str, dict[str, Any]]:
         """Return what the profiler said of a run, by stage: ``"fit"``, ``"test"`` and so on."""
         query = sa.select(tables.profiles).where(tables.profiles.c.run_id == run_id)
-        with self._reading() as connection:
+        with self.reading() as connection:
             return {row.stage: json.loads(row.content) for row in connection.execute(query)}
 
     def run(self, run_id: int) -> Run:
@@ -304,7 +304,7 @@ class Store:
         """Return the learning curves of a run: (step, value) by name; a lost value is NaN."""
         query = sa.select(tables.curves).where(tables.curves.c.run_id == run_id).order_by(tables.curves.c.id)
         found: dict[str, list[tuple[int, float]]] = {}
-        with self._reading() as connection:
+        with self.reading() as connection:
             for row in connection.execute(query):
                 found.setdefault(row.name, []).append((row.step, _restored(row.value)))
         return found
@@ -315,7 +315,7 @@ class Store:
         query = sa.select(table.c.layer, table.c.milliseconds).where(
             table.c.hardware_fingerprint == hardware, table.c.backend == backend
         )
-        with self._reading() as connection:
+        with self.reading() as connection:
             return {row.layer: row.milliseconds for row in connection.execute(query)}
 
     def add_layer_latencies(self, hardware: str, backend: str, milliseconds: Mapping[str, float]) -> None:
@@ -326,7 +326,7 @@ class Store:
             for layer, value in milliseconds.items()
         ]
         same = (table.c.hardware_fingerprint == hardware, table.c.backend == backend)
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute(sa.delete(table).where(*same, table.c.layer.in_(list(milliseconds))))
             connection.execute(sa.insert(table), rows)
 
@@ -336,10 +336,10 @@ class Store:
 
     def _migrate(self) -> None:
         # Looking first spares a write lock at every opening but the first.
-        with self._reading() as connection:
+        with self.reading() as connection:
             version = _version_of(connection)
         if version < tables.SCHEMA_VERSION:
-            with self._writing() as connection:
+            with self.writing() as connection:
                 version = _version_of(connection)
                 for migrate in tables.MIGRATIONS[version:]:
                     migrate(connection)
@@ -354,7 +354,7 @@ class Store:
 
     def _select(self, *conditions: sa.ColumnElement[bool], limit: int | None = None) -> list[Run]:
         query = sa.select(tables.runs).where(*conditions).order_by(tables.runs.c.id.desc()).limit(limit)
-        with self._reading() as connection:
+        with self.reading() as connection:
             rows = connection.execute(query).all()
             taken = connection.execute(
                 sa.select(tables.measurements).where(tables.measurements.c.run_id.in_(sa.select(query.subquery().c.id)))
@@ -365,7 +365,7 @@ class Store:
         return [_run(row, measurements.get(row.id, {})) for row in rows]
 
     def _set(self, run_id: int, values: Mapping[str, Any]) -> None:
-        with self._writing() as connection:
+        with self.writing() as connection:
             self._require(connection, run_id)
             if values:
                 connection.execute(sa.update(tables.runs).where(tables.runs.c.id == run_id).values(**values))
@@ -375,12 +375,14 @@ class Store:
             raise StoreError(f"run {run_id} is not in {self._name}")
 
     @contextmanager
-    def _reading(self) -> Iterator[Connection]:
+    def reading(self) -> Iterator[Connection]:
+        """Give a connection to read with; its errors become a StoreError."""
         with self._explained(), self._engine.connect() as connection:
             yield connection
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
+        """Give a connection within one transaction, which an exception takes back."""
         with self._explained(), self._engine.connect() as connection:
             if self._is_sqlite:
                 # Take the write lock at once: upgrading a read lock later can fail with SQLITE_BUSY.
@@ -474,5 +476,6 @@ def _restored(value: float | None) -> float:
     return math.copysign(math.inf, value) if abs(value) == 1.7976931348623157e308 else value
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time as the store writes it: ISO 8601, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

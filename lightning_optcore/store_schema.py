@@ -80,6 +80,61 @@ profiles = sa.Table(
     sa.Column("content", sa.Text, nullable=False),
 )
 
+# Sweeps and their trials: what a searcher asked for is here before it is launched.
+sweeps = sa.Table(
+    "sweeps",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("journal_version", sa.Integer, nullable=False),
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("finished_at", sa.Text),
+    sa.Column("status", sa.Text, nullable=False, index=True),
+    sa.Column("error", sa.Text),
+    sa.Column("command", sa.Text, nullable=False),
+    sa.Column("directory", sa.Text, nullable=False),
+    sa.Column("space", sa.Text, nullable=False),
+    sa.Column("directions", sa.Text, nullable=False),
+    # The searcher's state, without its trials, as of the newest batch.
+    sa.Column("state", sa.Text),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    # Tells a process from a later one of the same number.
+    sa.Column("pid_started", sa.Float, nullable=False),
+)
+
+trials = sa.Table(
+    "trials",
+    metadata,
+    sa.Column("sweep_id", sa.Integer, sa.ForeignKey("sweeps.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("batch", sa.Integer, nullable=False),
+    # Hydra's number of the job that ran it; another one after every launch.
+    sa.Column("job_num", sa.Integer),
+    sa.Column("candidate", sa.Text, nullable=False),
+    sa.Column("overrides", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("objectives", sa.Text),
+    sa.Column("failure", sa.Text),
+    sa.Column("fingerprint", sa.Text, index=True),
+    sa.Column("cached_from", sa.Text),
+    sa.Column("directory", sa.Text),
+    sa.Column("started_at", sa.Text),
+    sa.Column("finished_at", sa.Text),
+    sa.UniqueConstraint("sweep_id", "job_num"),
+    sa.Index("trials_of_a_batch", "sweep_id", "batch"),
+)
+
+# What a trial reported on its way, by which bad ones are stopped early.
+intermediate_values = sa.Table(
+    "intermediate_values",
+    metadata,
+    sa.Column("sweep_id", sa.Integer, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("value", sa.Float),
+    sa.ForeignKeyConstraint(["sweep_id", "number"], ["trials.sweep_id", "trials.number"]),
+)
+
 _FIRST = (versions, runs, measurements, scalars, curves)
 
 
@@ -95,6 +150,11 @@ def _create_profiles(connection: Connection) -> None:
     profiles.create(connection)
 
 
+def _create_sweeps(connection: Connection) -> None:
+    for table in (sweeps, trials, intermediate_values):
+        table.create(connection)
+
+
 # Migration i brings schema version i to i + 1. Append; never change one that was released.
-MIGRATIONS = (_create_first_tables, _create_layer_latencies, _create_profiles)
+MIGRATIONS = (_create_first_tables, _create_layer_latencies, _create_profiles, _create_sweeps)
 SCHEMA_VERSION = len(MIGRATIONS)

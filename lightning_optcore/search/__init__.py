@@ -11,23 +11,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_optcore.search.evolutionary import Evolutionary
     from lightning_optcore.search.expressions import ExpressionError
+    from lightning_optcore.search.nni_tuner import NNITuner
+    from lightning_optcore.search.optuna_sampler import Optuna
     from lightning_optcore.search.pareto import hypervolume
     from lightning_optcore.search.quantum_inspired import QuantumInspired
     from lightning_optcore.search.sampling import Grid, Random
     from lightning_optcore.search.searcher import Candidate, Searcher, SearchError, Trial
     from lightning_optcore.search.space import Space, SpaceError
+    from lightning_optcore.search.swarm import Swarm
 
 _HOME_OF = {
     "Candidate": "searcher",
     "Evolutionary": "evolutionary",
     "ExpressionError": "expressions",
     "Grid": "sampling",
+    "NNITuner": "nni_tuner",
+    "Optuna": "optuna_sampler",
     "QuantumInspired": "quantum_inspired",
     "Random": "sampling",
     "SearchError": "searcher",
     "Searcher": "searcher",
     "Space": "space",
     "SpaceError": "space",
+    "Swarm": "swarm",
     "Trial": "searcher",
     "hypervolume": "pareto",
 }
@@ -37,12 +43,15 @@ __all__ = [
     "Evolutionary",
     "ExpressionError",
     "Grid",
+    "NNITuner",
+    "Optuna",
     "QuantumInspired",
     "Random",
     "SearchError",
     "Searcher",
     "Space",
     "SpaceError",
+    "Swarm",
     "Trial",
     "hypervolume",
 ]

@@ -159,16 +159,16 @@ class Searcher(ABC):
         Raises:
             SearchError: If the number of objectives is wrong, or the candidate was told before.
         """
-        if candidate.id >= 0:
-            if candidate.id not in self._pending:
-                raise SearchError(f"candidate {candidate.id} was not asked for, or was told before")
-            del self._pending[candidate.id]
-        else:
+        if candidate.id >= 0 and candidate.id not in self._pending:
+            raise SearchError(f"candidate {candidate.id} was not asked for, or was told before")
+        if candidate.id < 0:
             self.space.encode(candidate.params)
             candidate = Candidate(self._next_id, dict(candidate.params), candidate.origin or "told")
+        trial = self._trial(candidate, objectives, failure, violation)
+        # What cannot be told raised by now, and is still pending.
+        if self._pending.pop(candidate.id, None) is None:
             self._next_id += 1
             self._seen.add(key_of(candidate.params))
-        trial = self._trial(candidate, objectives, failure, violation)
         self._add(trial)
         self._learn(trial)
         return trial

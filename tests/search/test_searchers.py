@@ -17,6 +17,7 @@ from lightning_optcore.search import (
     SearchError,
     Space,
     SpaceError,
+    Swarm,
     hypervolume,
 )
 from lightning_optcore.search.operators import (
@@ -33,6 +34,8 @@ SEARCHERS = [
     Grid,
     Evolutionary,
     QuantumInspired,
+    Swarm,
+    lambda *args, **kwargs: Swarm(*args, particles=5, topology="ring", **kwargs),
     lambda *args, **kwargs: Evolutionary(*args, surrogate=False, population_size=8, **kwargs),
     lambda *args, **kwargs: Evolutionary(*args, adaptive=False, initial_trials=4, **kwargs),
 ]
@@ -139,6 +142,7 @@ def test_what_is_no_number_is_a_failure():
     assert searcher.tell(second).failure == "no objective was returned"
     with pytest.raises(SearchError, match="1 objectives were told, 2 directions"):
         searcher.tell(third, 0.5)
+    assert searcher.tell(third, [0.5, 1.0]).objectives == (0.5, 1.0)
 
 
 def test_wrong_use_says_what_would_be_right():

@@ -1,0 +1,116 @@
+"""``hydra/sweeper=optcore``: what Hydra's discovery needs to know of it; the engine is loaded by the sweep itself."""
+
+# No postponed annotations here: Hydra reads the types of these dataclasses.
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional  # noqa: UP035
+
+from hydra.core.config_store import ConfigStore
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@dataclass
+class SweeperConf:
+    """The options of ``hydra.sweeper``.
+
+    Args:
+        searcher: What proposes, by ``hydra/sweeper/searcher=evolutionary`` and so on.
+        params: The space, beside what the command line sweeps: ``{model.width: "choice(16,32,64)"}``.
+        constraints: Expressions that every candidate meets: ``["params['model.width'] <= 32"]``.
+        conditions: When a parameter is there at all: ``{model.depth: "model == 'mlp'"}``.
+        initial: Points to try first.
+        directions: ``minimize`` or ``maximize`` for every objective; default those of ``objective`` in the
+            configuration, else ``minimize``.
+        n_trials: How many trials; default as many as the searcher itself wants.
+        n_jobs: How many are launched together.
+        seed: Makes the candidates repeatable.
+        store: Path or URL of the store; default the configuration's ``store.path``, else ``outputs/optcore.db``.
+        resume: Number of the sweep to continue; one of the same command that was killed continues by itself.
+        max_failures: So many failed trials end the sweep.
+        timeout_s: Seconds after which a trial is ended and counts as failed.
+        cache: Whether a trial that was measured before, of the same configuration, code, data and machine, is
+            answered from the store.
+    """
+
+    _target_: str = "hydra_plugins.lightning_optcore.sweeper.OptcoreSweeper"
+    # The searcher is made by the sweep, which knows its space.
+    _recursive_: bool = False
+    defaults: List[Any] = field(default_factory=lambda: [{"searcher": "evolutionary"}])  # noqa: UP006
+    searcher: Any = MISSING
+    params: Optional[Dict[str, Any]] = None  # noqa: UP006, UP045
+    constraints: Optional[List[str]] = None  # noqa: UP006, UP045
+    conditions: Optional[Dict[str, str]] = None  # noqa: UP006, UP045
+    initial: Optional[List[Any]] = None  # noqa: UP006, UP045
+    directions: Optional[List[str]] = None  # noqa: UP006, UP045
+    n_trials: Optional[int] = None  # noqa: UP045
+    n_jobs: int = 1
+    seed: int = 0
+    store: Optional[str] = None  # noqa: UP045
+    resume: Optional[int] = None  # noqa: UP045
+    max_failures: Optional[int] = None  # noqa: UP045
+    timeout_s: Optional[float] = None  # noqa: UP045
+    cache: bool = True
+
+
+SEARCHERS: Dict[str, Dict[str, Any]] = {  # noqa: UP006
+    "random": {"_target_": "lightning_optcore.search.Random"},
+    "grid": {"_target_": "lightning_optcore.search.Grid", "steps": 5},
+    "evolutionary": {
+        "_target_": "lightning_optcore.search.Evolutionary",
+        "generations": 50,
+        "population_size": 30,
+        "elite_size": 5,
+        "mutation_rate": 0.15,
+        "crossover_rate": 0.8,
+        "adaptive": True,
+        "surrogate": True,
+    },
+    "quantum_inspired": {
+        "_target_": "lightning_optcore.search.QuantumInspired",
+        "superposition_level": 0.5,
+        "entanglement_strength": 0.8,
+        "target": None,
+    },
+    "swarm": {"_target_": "lightning_optcore.search.Swarm"},
+    "optuna": {"_target_": "lightning_optcore.search.Optuna", "sampler": "multivariate_tpe"},
+    "nni_tpe": {"_target_": "lightning_optcore.search.NNITuner", "tuner": "TPE"},
+    "nni_evolution": {"_target_": "lightning_optcore.search.NNITuner", "tuner": "Evolution"},
+}
+
+_store = ConfigStore.instance()
+_store.store(group="hydra/sweeper", name="optcore", node=SweeperConf, provider="lightning_optcore")
+for _name, _node in SEARCHERS.items():
+    _store.store(group="hydra/sweeper/searcher", name=_name, node=_node, provider="lightning_optcore")
+
+
+class OptcoreSweeper(Sweeper):
+    """Hands a sweep to :class:`lightning_optcore.sweeps.engine.Sweep`."""
+
+    def __init__(self, searcher: DictConfig, **options: Any) -> None:
+        self._searcher = searcher
+        self._options = options
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what Hydra gives."""
+        self.hydra_context = hydra_context
+        self.task_function = task_function
+        self.config = config
+
+    def sweep(self, arguments: List[str]) -> Any:  # noqa: UP006
+        """Run the sweep; return what the launcher returned, batch by batch."""
+        from hydra.utils import instantiate
+
+        from lightning_optcore.sweeps.engine import Sweep, SweepOptions
+
+        plain = {name: _plain(value) for name, value in self._options.items() if value is not None}
+        build = instantiate(self._searcher, _partial_=True, _convert_="all")
+        assert self.hydra_context is not None and self.config is not None
+        sweep = Sweep(
+            SweepOptions(**plain), build, self.hydra_context, self.task_function, self.config, arguments
+        )
+        return sweep.run()
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

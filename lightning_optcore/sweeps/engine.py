@@ -1,0 +1,409 @@
+"""A sweep from its first candidate to its results: ask, write down, launch, read, tell."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from lightning_optcore.fingerprints import code_fingerprint
+from lightning_optcore.measurement.directions import Direction, direction_of
+from lightning_optcore.search.grammar import override_text, parameter_of
+from lightning_optcore.search.sampling import Grid
+from lightning_optcore.search.searcher import Candidate, Searcher, Trial, trial_dict
+from lightning_optcore.search.space import Choice, Parameter, Space
+from lightning_optcore.store import Store
+from lightning_optcore.sweeps.display import LiveTable
+from lightning_optcore.sweeps.journal import Journal, SweepError, SweepRecord, TrialRecord
+from lightning_optcore.sweeps.results import write_results
+from lightning_optcore.sweeps.task import TrialTask
+
+log = logging.getLogger(__name__)
+
+# A sweep whose first trials all fail has something wrong that further trials will not mend.
+_HOPELESS = 10
+_NOTHING_TO_SWEEP: dict[str, Parameter] = {"": Choice((None,))}
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What ``hydra.sweeper`` says, beside the searcher; see :class:`hydra_plugins.lightning_optcore.sweeper.SweeperConf`."""
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    constraints: Sequence[str] = ()
+    conditions: Mapping[str, str] = field(default_factory=dict)
+    initial: Sequence[Mapping[str, Any]] = ()
+    directions: Sequence[Direction] | None = None
+    n_trials: int | None = None
+    n_jobs: int = 1
+    seed: int = 0
+    store: str | None = None
+    resume: int | None = None
+    max_failures: int | None = None
+    timeout_s: float | None = None
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("n_trials", "n_jobs", "max_failures", "timeout_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SweepError(f"hydra.sweeper.{name}={value}: expected a positive number")
+
+
+@dataclass(frozen=True)
+class Template:
+    """The overrides of a job, in the order of the command line: fixed ones, and parameters of the space.
+
+    Args:
+        keys: What stands left of the equals sign, e.g. ``+model.width``.
+        fixed: The whole override by its key, where it is not swept.
+        space: What is swept, by key without its ``+``.
+    """
+
+    keys: list[str]
+    fixed: dict[str, str]
+    space: dict[str, Parameter]
+
+    def overrides(self, params: Mapping[str, Any]) -> list[str]:
+        """Return the overrides of a candidate; what is inactive in it is left out."""
+        written = []
+        for key in self.keys:
+            if key in self.fixed:
+                written.append(self.fixed[key])
+            elif name_of(key) in params:
+                written.append(override_text(key, params[name_of(key)]))
+        return written
+
+
+def name_of(key: str) -> str:
+    """Return a parameter's name of an override's key.
+
+    Example:
+        >>> name_of("+model.width")
+        'model.width'
+    """
+    return key.lstrip("+")
+
+
+def read_template(params: Mapping[str, Any], arguments: Sequence[str], config_loader: Any = None) -> Template:
+    """Read ``hydra.sweeper.params`` and the command line; the command line wins.
+
+    Raises:
+        SpaceError: If a sweep cannot be read.
+    """
+    parser = OverridesParser.create(config_loader=config_loader)
+    parsed: dict[str, Override] = {}
+    for override in parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments]):
+        key = override.get_key_element()
+        before = next((known for known in parsed if name_of(known) == name_of(key)), key)
+        parsed = {key if known == before else known: one for known, one in parsed.items()} | {key: override}
+    swept = {key: one for key, one in parsed.items() if one.is_sweep_override()}
+    fixed = {key: one for key, one in parsed.items() if key not in swept}
+    return Template(
+        keys=list(parsed),
+        fixed={key: f"{key}={one.get_value_element_as_str()}" if not one.is_delete() else key for key, one in fixed.items()},
+        space={name_of(key): parameter_of(one, name_of(key)) for key, one in swept.items()},
+    )
+
+
+def directions_of(config: DictConfig, given: Sequence[Direction] | None) -> list[Direction]:
+    """Return the directions: as given, else those of ``objective`` in the configuration, else minimize."""
+    if given:
+        return list(given)
+    objective = OmegaConf.select(config, "objective", default=None)
+    if OmegaConf.is_config(objective):
+        objective = OmegaConf.to_container(objective, resolve=True)
+    if isinstance(objective, str):
+        return [direction_of(objective)]
+    if isinstance(objective, Mapping):
+        return list(objective.values())
+    return [direction_of(str(name)) for name in objective] if objective else ["minimize"]
+
+
+class Sweep:
+    """One sweep of one process.
+
+    Args:
+        options: What ``hydra.sweeper`` says.
+        build_searcher: Makes the searcher from a space, directions, ``seed`` and ``initial``.
+        hydra_context: Hydra's.
+        task_function: The user's.
+        config: The sweep's configuration.
+        arguments: The command line's overrides of the task.
+    """
+
+    def __init__(
+        self,
+        options: SweepOptions,
+        build_searcher: Callable[..., Searcher],
+        hydra_context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+        arguments: Sequence[str],
+    ) -> None:
+        self._options = options
+        self._config = config
+        self._context = hydra_context
+        self._task_function = task_function
+        self._template = read_template(options.params, arguments, hydra_context.config_loader)
+        space = Space(
+            self._template.space or _NOTHING_TO_SWEEP,
+            constraints=list(options.constraints),
+            conditions=dict(options.conditions),
+        )
+        self._directions = directions_of(config, options.directions)
+        self._searcher = build_searcher(
+            space, self._directions, seed=options.seed, initial=[dict(one) for one in options.initial]
+        )
+        endless = not isinstance(self._searcher, Grid) and not hasattr(self._searcher, "generations")
+        if options.n_trials is None and space.size == float("inf") and endless:
+            raise SweepError(
+                f"hydra.sweeper.n_trials=null: a {type(self._searcher).__name__} in this space never ends by itself; "
+                "give a number"
+            )
+        if space.size == 1:
+            log.info("nothing to search: the space has one point, which is run once")
+        self._batch = 0
+        self._next_job_num = 0
+        self._returns: list[list[JobReturn]] = []
+
+    def run(self) -> list[list[JobReturn]]:
+        """Run, or continue, the sweep and return what the launcher did, batch by batch.
+
+        Raises:
+            SweepError: If it cannot be resumed, too many trials failed, or none succeeded.
+        """
+        path = str(self._store_path())
+        with Store(path) as store:
+            self._journal = Journal(store)
+            record = self._resumed() or self._begun()
+            self._sweep_id = record.id
+            self._directory = Path(record.directory)
+            self._next_job_num = self._journal.next_job_num(record.directory)
+            self._pin_directory()
+            unfinished = self._restore(record)
+            self._save_config()
+            launcher = self._launcher(path)
+            try:
+                with LiveTable(partial(self._journal.trials, record.id), self._directions, self._options.n_trials):
+                    self._loop(launcher, unfinished)
+                    self._check_some_succeeded()
+            except BaseException as error:
+                interrupted = not isinstance(error, Exception)
+                # A sweep that was interrupted stays open, so that the same command continues it.
+                if not interrupted:
+                    self._journal.finish(record.id, "failed", f"{type(error).__name__}: {error}")
+                self._write_results()
+                raise
+            self._journal.finish(record.id, "done")
+            self._write_results()
+        return self._returns
+
+    def _loop(self, launcher: Any, unfinished: list[TrialRecord]) -> None:
+        batch = unfinished
+        while True:
+            if batch:
+                if not self._returns:
+                    self._validate([trial.overrides for trial in batch])
+                self._launch(launcher, batch)
+            for trial in self._journal.trials(self._sweep_id, batch=self._batch):
+                self._tell(trial)
+            self._check_failures()
+            batch = self._asked()
+            if not batch:
+                return
+
+    def _asked(self) -> list[TrialRecord]:
+        """Return the next batch, which is in the journal by now; an empty one at the end."""
+        count = self._options.n_jobs
+        if self._options.n_trials is not None:
+            count = min(count, self._options.n_trials - len(self._searcher.trials))
+        if count < 1 or self._searcher.done:
+            return []
+        candidates = self._searcher.ask(count)
+        if not candidates:
+            return []
+        self._batch += 1
+        asked = [(candidate, self._template.overrides(candidate.params)) for candidate in candidates]
+        state = self._searcher.state_dict(trials=False)
+        self._journal.add_batch(self._sweep_id, self._batch, self._take_job_nums(len(asked)), asked, state)
+        return self._journal.trials(self._sweep_id, batch=self._batch)
+
+    def _take_job_nums(self, count: int) -> int:
+        """Return the first of some job numbers that nothing else uses."""
+        first = self._next_job_num
+        self._next_job_num += count
+        return first
+
+    def _launch(self, launcher: Any, batch: list[TrialRecord]) -> None:
+        assert batch[0].job_num is not None
+        try:
+            returned = launcher.launch([trial.overrides for trial in batch], initial_job_idx=batch[0].job_num)
+            self._returns.append(list(returned))
+        except HydraException:
+            raise
+        except Exception as error:
+            # The launcher lost its jobs, e.g. a worker was killed: what has a result keeps it.
+            lost = f"the launcher ended with {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            log.warning(lost)
+            self._fail_unfinished(lost)
+        else:
+            self._fail_unfinished("the job ended without a result")
+
+    def _fail_unfinished(self, reason: str) -> None:
+        for trial in self._journal.trials(self._sweep_id, batch=self._batch):
+            if not trial.ended:
+                self._journal.end_trial(self._sweep_id, trial.number, None, failure=reason)
+
+    def _tell(self, record: TrialRecord) -> None:
+        if not any(one.id == record.candidate.id for one in self._searcher.pending):
+            return
+        told = told_of(record)
+        self._searcher.tell(told.candidate, told.objectives, failure=told.failure)
+        if record.failure is not None:
+            log.warning("trial %d failed: %s", record.number, record.failure.splitlines()[0])
+
+    def _check_failures(self) -> None:
+        trials = self._searcher.trials
+        failed = [trial for trial in trials if trial.failure is not None]
+        limit = self._options.max_failures
+        if limit is not None and len(failed) >= limit:
+            raise SweepError(f"hydra.sweeper.max_failures={limit}: {len(failed)} trials failed; {_last_reason(failed)}")
+        if len(failed) == len(trials) >= _HOPELESS:
+            raise SweepError(f"the first {len(trials)} trials all failed; {_last_reason(failed)}")
+
+    def _check_some_succeeded(self) -> None:
+        trials = self._searcher.trials
+        if trials and all(trial.failure is not None for trial in trials) and not self._plain_run:
+            raise SweepError(f"{len(trials)} of {len(trials)} trials failed; {_last_reason(trials)}")
+
+    @property
+    def _plain_run(self) -> bool:
+        """Whether nothing is searched, so that no objective is needed."""
+        return self._searcher.space.size == 1 and not self._options.directions
+
+    def _store_path(self) -> str:
+        path = self._options.store or OmegaConf.select(self._config, "store.path", default=None) or "outputs/optcore.db"
+        return path if "://" in path else str(Path(path).resolve())
+
+    def _command(self) -> str:
+        """Return what identifies the command line, but for the request to resume."""
+        hydra = self._config.hydra
+        overrides = [*hydra.overrides.task, *hydra.overrides.hydra]
+        kept = [one for one in overrides if not one.startswith("hydra.sweeper.resume")]
+        return json.dumps([hydra.job.name, hydra.job.config_name, kept])
+
+    def _resumed(self) -> SweepRecord | None:
+        wanted = self._options.resume
+        if wanted is None:
+            found = self._journal.unfinished(self._command())
+            if found is None:
+                return None
+            wanted = found.id
+        record = self._journal.sweep(wanted)
+        differences = self._searcher.space.differences(record.space)
+        if record.directions != self._directions:
+            differences.append(f"directions: were {record.directions}, are {self._directions}")
+        if differences:
+            raise SweepError(
+                f"sweep {wanted} cannot be continued, its space has changed: {'; '.join(differences)}; restore it, "
+                "or begin a new sweep by a changed command, e.g. with another hydra.sweeper.seed"
+            )
+        return self._journal.take_over(wanted)
+
+    def _begun(self) -> SweepRecord:
+        directory = str(Path(self._config.hydra.sweep.dir).resolve())
+        sweep_id = self._journal.begin(
+            self._command(), directory, self._searcher.space.to_dict(), self._directions
+        )
+        return self._journal.sweep(sweep_id)
+
+    def _pin_directory(self) -> None:
+        """Let every job of this process and of workers find its folder below the sweep's own."""
+        fresh = Path(self._config.hydra.sweep.dir)
+        pinned = f"hydra.sweep.dir={self._directory}"
+        with read_write(self._config), open_dict(self._config):
+            others = [one for one in self._config.hydra.overrides.hydra if not one.startswith("hydra.sweep.dir=")]
+            self._config.hydra.overrides.hydra = [*others, override_text(*pinned.split("=", 1))]
+            self._config.hydra.sweep.dir = str(self._directory)
+        if fresh.resolve() != self._directory and fresh.is_dir() and not any(fresh.iterdir()):
+            fresh.rmdir()
+
+    def _restore(self, record: SweepRecord) -> list[TrialRecord]:
+        """Bring the searcher to where it was, and return what is to be launched again."""
+        if record.state is None:
+            return []
+        trials = self._journal.trials(record.id)
+        self._batch = max(trial.batch for trial in trials)
+        waiting = {one["id"] for one in record.state["pending"]}
+        told = [trial_dict(told_of(trial)) for trial in trials if trial.number not in waiting]
+        self._searcher.load_state_dict({**record.state, "trials": told})
+        unfinished = [trial for trial in trials if not trial.ended]
+        ended = len(trials) - len(unfinished)
+        log.info("sweep %d continues: %d trials have a result, %d run again", record.id, ended, len(unfinished))
+        numbers = [trial.number for trial in unfinished]
+        self._journal.renumber(record.id, numbers, self._take_job_nums(len(numbers)))
+        return [trial for trial in self._journal.trials(record.id) if trial.number in numbers]
+
+    def _save_config(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self._config, self._directory / "multirun.yaml")
+
+    def _launcher(self, store: str) -> Any:
+        code = None
+        if self._options.cache:
+            try:
+                code = code_fingerprint([self._task_function])
+            except (OSError, TypeError) as error:
+                log.debug("no fingerprint of the task function, so no cache: %s", error)
+        task = TrialTask(
+            self._task_function,
+            store=store,
+            sweep_id=self._sweep_id,
+            objectives=len(self._directions),
+            optional=self._plain_run,
+            timeout_s=self._options.timeout_s,
+            code=code,
+        )
+        return Plugins.instance().instantiate_launcher(
+            hydra_context=self._context, task_function=task, config=self._config
+        )
+
+    def _validate(self, batch: Sequence[list[str]]) -> None:
+        """Compose the first batch's configurations here: a parameter that does not exist ends the sweep at once."""
+        for overrides in batch:
+            self._context.config_loader.load_sweep_config(self._config, overrides)
+
+    def _write_results(self) -> None:
+        write_results(
+            self._directory,
+            self._sweep_id,
+            type(self._searcher).__name__,
+            self._searcher,
+            self._journal.trials(self._sweep_id),
+        )
+
+
+def told_of(record: TrialRecord) -> Trial:
+    """Return a trial as its searcher is told it."""
+    candidate: Candidate = record.candidate
+    if record.objectives is None:
+        reason = (record.failure or "no objective was returned").splitlines()[0]
+        return Trial(candidate, failure=reason)
+    return Trial(candidate, tuple(record.objectives))
+
+
+def _last_reason(failed: Sequence[Trial]) -> str:
+    return f"the last one: {failed[-1].failure}"

@@ -1,0 +1,311 @@
+"""The journal of sweeps in the store: what was asked for is written before it is launched, results as they come.
+
+A sweep can therefore be killed at any moment: its searcher's state is that of the newest batch, and of that batch
+the trials without a result are launched again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Row
+
+from lightning_optcore import store_schema as tables
+from lightning_optcore.search.searcher import Candidate
+from lightning_optcore.store import Store, StoreError, now
+
+JOURNAL_VERSION = 1
+ENDED = ("done", "failed")
+
+
+class SweepError(ValueError):
+    """A sweep that cannot be run as asked; the message names the key, the value and what would be right."""
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """A sweep as stored; ``state`` is its searcher's, without the trials, as of the newest batch."""
+
+    id: int
+    journal_version: int
+    created_at: str
+    finished_at: str | None
+    status: str
+    error: str | None
+    command: str
+    directory: str
+    space: dict[str, Any]
+    directions: list[str]
+    state: dict[str, Any] | None
+    host: str
+    pid: int
+    pid_started: float
+
+    @property
+    def owner_is_alive(self) -> bool:
+        """Whether the process that runs it may still do so; one of another machine is taken to be alive."""
+        if self.host != platform.node():
+            return True
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.pid_started) < 1.0
+        except psutil.Error:
+            return False
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A trial as stored; its status is asked, running, done or failed."""
+
+    sweep_id: int
+    number: int
+    batch: int
+    job_num: int | None
+    candidate: Candidate
+    overrides: list[str]
+    status: str
+    objectives: list[float] | None
+    failure: str | None
+    fingerprint: str | None
+    cached_from: str | None
+    directory: str | None
+    started_at: str | None
+    finished_at: str | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has a result."""
+        return self.status in ENDED
+
+
+class Journal:
+    """Reads and writes sweeps and their trials.
+
+    Args:
+        store: Where they are.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def begin(self, command: str, directory: str, space: Mapping[str, Any], directions: Sequence[str]) -> int:
+        """Open a sweep of this process and return its number."""
+        values = {
+            "journal_version": JOURNAL_VERSION,
+            "created_at": now(),
+            "status": "running",
+            "command": command,
+            "directory": directory,
+            "space": json.dumps(space),
+            "directions": json.dumps(list(directions)),
+            **_this_process(),
+        }
+        with self._store.writing() as connection:
+            result = connection.execute(sa.insert(tables.sweeps).values(values))
+            return int(result.inserted_primary_key[0])  # type: ignore[index]
+
+    def unfinished(self, command: str) -> SweepRecord | None:
+        """Return the newest sweep of a command that has not ended and whose owner is dead."""
+        table = tables.sweeps
+        query = sa.select(table).where(table.c.command == command, table.c.status == "running")
+        with self._store.reading() as connection:
+            found = [_sweep(row) for row in connection.execute(query.order_by(table.c.id.desc()))]
+        return next((sweep for sweep in found if not sweep.owner_is_alive), None)
+
+    def take_over(self, sweep_id: int) -> SweepRecord:
+        """Make this process the owner of a sweep and return it.
+
+        Raises:
+            SweepError: If there is none of that number, its owner is alive, or its journal is of another version.
+        """
+        table = tables.sweeps
+        with self._store.writing() as connection:
+            sweep = _find(connection, sweep_id)
+            if sweep.journal_version != JOURNAL_VERSION:
+                raise SweepError(
+                    f"hydra.sweeper.resume={sweep_id}: its journal is of version {sweep.journal_version}, this "
+                    f"lightning_optcore writes version {JOURNAL_VERSION}; resume it with the version that began it"
+                )
+            if sweep.status == "running" and sweep.owner_is_alive and sweep.pid != os.getpid():
+                raise SweepError(
+                    f"hydra.sweeper.resume={sweep_id}: process {sweep.pid} on {sweep.host} still runs it; "
+                    "end that one first, or begin a sweep of its own"
+                )
+            changed = {"status": "running", "error": None, "finished_at": None, **_this_process()}
+            connection.execute(sa.update(table).where(table.c.id == sweep_id).values(changed))
+        return sweep
+
+    def finish(self, sweep_id: int, status: str, error: str | None = None) -> None:
+        """Close a sweep as done, failed or interrupted."""
+        values = {"status": status, "error": error, "finished_at": now()}
+        with self._store.writing() as connection:
+            connection.execute(sa.update(tables.sweeps).where(tables.sweeps.c.id == sweep_id).values(values))
+
+    def sweep(self, sweep_id: int) -> SweepRecord:
+        """Return a sweep.
+
+        Raises:
+            SweepError: If there is none of that number.
+        """
+        with self._store.reading() as connection:
+            return _find(connection, sweep_id)
+
+    def add_batch(
+        self,
+        sweep_id: int,
+        batch: int,
+        first_job_num: int,
+        trials: Sequence[tuple[Candidate, list[str]]],
+        state: Mapping[str, Any],
+    ) -> None:
+        """Write what a searcher asked for, with its state after that, before it is launched."""
+        rows = [
+            {
+                "sweep_id": sweep_id,
+                "number": candidate.id,
+                "batch": batch,
+                "job_num": first_job_num + i,
+                "candidate": json.dumps({"id": candidate.id, "params": candidate.params, "origin": candidate.origin}),
+                "overrides": json.dumps(overrides),
+                "status": "asked",
+            }
+            for i, (candidate, overrides) in enumerate(trials)
+        ]
+        with self._store.writing() as connection:
+            connection.execute(sa.insert(tables.trials), rows)
+            table = tables.sweeps
+            connection.execute(sa.update(table).where(table.c.id == sweep_id).values(state=json.dumps(state)))
+
+    def renumber(self, sweep_id: int, numbers: Sequence[int], first_job_num: int) -> None:
+        """Give trials that are launched again job numbers of their own: a killed job's folder stays as it was."""
+        table = tables.trials
+        with self._store.writing() as connection:
+            for i, number in enumerate(numbers):
+                values = {"job_num": first_job_num + i, "status": "asked", "started_at": None}
+                where = (table.c.sweep_id == sweep_id, table.c.number == number)
+                connection.execute(sa.update(table).where(*where).values(values))
+
+    def next_job_num(self, directory: str) -> int:
+        """Return the first job number that no sweep within a folder has used."""
+        table = tables.trials
+        inside = sa.select(tables.sweeps.c.id).where(tables.sweeps.c.directory == directory)
+        query = sa.select(sa.func.max(table.c.job_num)).where(table.c.sweep_id.in_(inside))
+        with self._store.reading() as connection:
+            highest = connection.execute(query).scalar()
+        return 0 if highest is None else int(highest) + 1
+
+    def trials(self, sweep_id: int, *, batch: int | None = None) -> list[TrialRecord]:
+        """Return the trials of a sweep, or of one batch of it, in the order of asking."""
+        table = tables.trials
+        query = sa.select(table).where(table.c.sweep_id == sweep_id).order_by(table.c.number)
+        if batch is not None:
+            query = query.where(table.c.batch == batch)
+        with self._store.reading() as connection:
+            return [_trial(row) for row in connection.execute(query)]
+
+    def trial_of_job(self, sweep_id: int, job_num: int) -> TrialRecord:
+        """Return the trial that a job runs.
+
+        Raises:
+            StoreError: If there is none.
+        """
+        table = tables.trials
+        query = sa.select(table).where(table.c.sweep_id == sweep_id, table.c.job_num == job_num)
+        with self._store.reading() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise StoreError(f"job {job_num} of sweep {sweep_id} is not in the journal")
+        return _trial(row)
+
+    def start_trial(self, trial: TrialRecord, directory: str, fingerprint: str | None) -> None:
+        """Write that a trial runs."""
+        values = {"status": "running", "directory": directory, "fingerprint": fingerprint, "started_at": now()}
+        self._set_trial(trial.sweep_id, trial.number, values)
+
+    def end_trial(
+        self,
+        sweep_id: int,
+        number: int,
+        objectives: Sequence[float] | None,
+        failure: str | None = None,
+        cached_from: str | None = None,
+    ) -> None:
+        """Write a trial's result."""
+        values = {
+            "status": "failed" if failure is not None else "done",
+            "objectives": None if objectives is None else json.dumps(list(objectives)),
+            "failure": failure,
+            "cached_from": cached_from,
+            "finished_at": now(),
+        }
+        self._set_trial(sweep_id, number, values)
+
+    def by_fingerprint(self, fingerprint: str, objectives: int) -> TrialRecord | None:
+        """Return the newest trial of any sweep that was measured with a fingerprint and as many objectives."""
+        table = tables.trials
+        query = sa.select(table).where(
+            table.c.fingerprint == fingerprint,
+            table.c.status == "done",
+            table.c.objectives.is_not(None),
+            table.c.cached_from.is_(None),
+        )
+        with self._store.reading() as connection:
+            found = [_trial(row) for row in connection.execute(query.order_by(table.c.finished_at.desc()))]
+        return next((trial for trial in found if len(trial.objectives or ()) == objectives), None)
+
+    def report(self, sweep_id: int, number: int, step: int, value: float) -> None:
+        """Write an intermediate value of a trial; one of the same step is replaced."""
+        table = tables.intermediate_values
+        where = (table.c.sweep_id == sweep_id, table.c.number == number, table.c.step == step)
+        with self._store.writing() as connection:
+            connection.execute(sa.delete(table).where(*where))
+            connection.execute(sa.insert(table).values(sweep_id=sweep_id, number=number, step=step, value=value))
+
+    def intermediate_values(self, sweep_id: int) -> dict[int, dict[int, float]]:
+        """Return what the trials of a sweep reported: value by step, by the trial's number."""
+        table = tables.intermediate_values
+        query = sa.select(table).where(table.c.sweep_id == sweep_id).order_by(table.c.number, table.c.step)
+        values: dict[int, dict[int, float]] = {}
+        with self._store.reading() as connection:
+            for row in connection.execute(query):
+                values.setdefault(row.number, {})[row.step] = row.value
+        return values
+
+    def _set_trial(self, sweep_id: int, number: int, values: Mapping[str, Any]) -> None:
+        table = tables.trials
+        where = (table.c.sweep_id == sweep_id, table.c.number == number)
+        with self._store.writing() as connection:
+            connection.execute(sa.update(table).where(*where).values(**values))
+
+
+def _find(connection: Connection, sweep_id: int) -> SweepRecord:
+    row = connection.execute(sa.select(tables.sweeps).where(tables.sweeps.c.id == sweep_id)).first()
+    if row is None:
+        known = connection.execute(sa.select(tables.sweeps.c.id).order_by(tables.sweeps.c.id)).scalars().all()
+        there = ", ".join(map(str, known)) or "none"
+        raise SweepError(f"hydra.sweeper.resume={sweep_id}: no sweep of that number in the store; there are: {there}")
+    return _sweep(row)
+
+
+def _sweep(row: Row[Any]) -> SweepRecord:
+    values = dict(row._mapping)
+    for name in ("space", "directions", "state"):
+        values[name] = json.loads(values[name]) if values[name] is not None else None
+    return SweepRecord(**values)
+
+
+def _trial(row: Row[Any]) -> TrialRecord:
+    values = dict(row._mapping)
+    for name in ("candidate", "overrides", "objectives"):
+        values[name] = json.loads(values[name]) if values[name] is not None else None
+    return TrialRecord(**{**values, "candidate": Candidate(**values["candidate"])})
+
+
+def _this_process() -> dict[str, Any]:
+    return {"host": platform.node(), "pid": os.getpid(), "pid_started": psutil.Process().create_time()}
