@@ -85,7 +85,7 @@ def code_fingerprint(objects: Iterable[Any]) -> str:
 
 
 def files_fingerprint(config: Any) -> str:
-    """Return the fingerprint of names, sizes and times of the files below ``root`` and ``data_dir`` of a configuration."""
+    """Return the fingerprint of the files below ``root`` and ``data_dir``: their names, sizes and times."""
     found = []
     for folder in sorted(set(_data_folders(config))):
         for file in sorted(Path(folder).expanduser().rglob("*")):

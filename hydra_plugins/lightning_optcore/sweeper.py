@@ -38,10 +38,10 @@ class SweeperConf:
     _recursive_: bool = False
     defaults: List[Any] = field(default_factory=lambda: [{"searcher": "evolutionary"}])  # noqa: UP006
     searcher: Any = MISSING
-    params: Optional[Dict[str, Any]] = None  # noqa: UP006, UP045
-    constraints: Optional[List[str]] = None  # noqa: UP006, UP045
-    conditions: Optional[Dict[str, str]] = None  # noqa: UP006, UP045
-    initial: Optional[List[Any]] = None  # noqa: UP006, UP045
+    params: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
+    constraints: List[str] = field(default_factory=list)  # noqa: UP006
+    conditions: Dict[str, str] = field(default_factory=dict)  # noqa: UP006
+    initial: List[Any] = field(default_factory=list)  # noqa: UP006
     directions: Optional[List[str]] = None  # noqa: UP006, UP045
     n_trials: Optional[int] = None  # noqa: UP045
     n_jobs: int = 1
@@ -99,17 +99,23 @@ class OptcoreSweeper(Sweeper):
 
     def sweep(self, arguments: List[str]) -> Any:  # noqa: UP006
         """Run the sweep; return what the launcher returned, batch by batch."""
+        from hydra.errors import CompactHydraException
         from hydra.utils import instantiate
 
+        from lightning_optcore.search import ExpressionError, SearchError, SpaceError
+        from lightning_optcore.store import StoreError
         from lightning_optcore.sweeps.engine import Sweep, SweepOptions
+        from lightning_optcore.sweeps.journal import SweepError
 
         plain = {name: _plain(value) for name, value in self._options.items() if value is not None}
         build = instantiate(self._searcher, _partial_=True, _convert_="all")
         assert self.hydra_context is not None and self.config is not None
-        sweep = Sweep(
-            SweepOptions(**plain), build, self.hydra_context, self.task_function, self.config, arguments
-        )
-        return sweep.run()
+        try:
+            options = SweepOptions(**plain)
+            return Sweep(options, build, self.hydra_context, self.task_function, self.config, arguments).run()
+        except (ExpressionError, SearchError, SpaceError, StoreError, SweepError) as error:
+            # What a user can mend is printed without a traceback.
+            raise CompactHydraException(f"hydra/sweeper=optcore: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -39,7 +39,7 @@ _NOTHING_TO_SWEEP: dict[str, Parameter] = {"": Choice((None,))}
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What ``hydra.sweeper`` says, beside the searcher; see :class:`hydra_plugins.lightning_optcore.sweeper.SweeperConf`."""
+    """What ``hydra.sweeper`` says, beside the searcher; ``hydra_plugins.lightning_optcore.sweeper`` describes it."""
 
     params: Mapping[str, Any] = field(default_factory=dict)
     constraints: Sequence[str] = ()
@@ -113,7 +113,9 @@ def read_template(params: Mapping[str, Any], arguments: Sequence[str], config_lo
     fixed = {key: one for key, one in parsed.items() if key not in swept}
     return Template(
         keys=list(parsed),
-        fixed={key: f"{key}={one.get_value_element_as_str()}" if not one.is_delete() else key for key, one in fixed.items()},
+        fixed={
+            key: f"{key}={one.get_value_element_as_str()}" if not one.is_delete() else key for key, one in fixed.items()
+        },
         space={name_of(key): parameter_of(one, name_of(key)) for key, one in swept.items()},
     )
 
@@ -191,7 +193,9 @@ class Sweep:
             record = self._resumed() or self._begun()
             self._sweep_id = record.id
             self._directory = Path(record.directory)
-            self._next_job_num = self._journal.next_job_num(record.directory)
+            # A search goes on counting where one was before it in its folder; a plain run is numbered as Hydra does.
+            fresh = self._plain_run and record.state is None
+            self._next_job_num = 0 if fresh else self._journal.next_job_num(record.directory)
             self._pin_directory()
             unfinished = self._restore(record)
             self._save_config()
@@ -301,7 +305,7 @@ class Sweep:
     def _command(self) -> str:
         """Return what identifies the command line, but for the request to resume."""
         hydra = self._config.hydra
-        overrides = [*hydra.overrides.task, *hydra.overrides.hydra]
+        overrides = [*_texts(hydra.overrides.task), *_texts(hydra.overrides.hydra)]
         kept = [one for one in overrides if not one.startswith("hydra.sweeper.resume")]
         return json.dumps([hydra.job.name, hydra.job.config_name, kept])
 
@@ -325,9 +329,7 @@ class Sweep:
 
     def _begun(self) -> SweepRecord:
         directory = str(Path(self._config.hydra.sweep.dir).resolve())
-        sweep_id = self._journal.begin(
-            self._command(), directory, self._searcher.space.to_dict(), self._directions
-        )
+        sweep_id = self._journal.begin(self._command(), directory, self._searcher.space.to_dict(), self._directions)
         return self._journal.sweep(sweep_id)
 
     def _pin_directory(self) -> None:
@@ -335,7 +337,8 @@ class Sweep:
         fresh = Path(self._config.hydra.sweep.dir)
         pinned = f"hydra.sweep.dir={self._directory}"
         with read_write(self._config), open_dict(self._config):
-            others = [one for one in self._config.hydra.overrides.hydra if not one.startswith("hydra.sweep.dir=")]
+            given = _texts(self._config.hydra.overrides.hydra)
+            others = [one for one in given if not one.startswith("hydra.sweep.dir=")]
             self._config.hydra.overrides.hydra = [*others, override_text(*pinned.split("=", 1))]
             self._config.hydra.sweep.dir = str(self._directory)
         if fresh.resolve() != self._directory and fresh.is_dir() and not any(fresh.iterdir()):
@@ -403,6 +406,12 @@ def told_of(record: TrialRecord) -> Trial:
         reason = (record.failure or "no objective was returned").splitlines()[0]
         return Trial(candidate, failure=reason)
     return Trial(candidate, tuple(record.objectives))
+
+
+def _texts(overrides: Any) -> list[str]:
+    """Return overrides as they were written: an interpolation in one may only be resolved within a job."""
+    plain: Any = OmegaConf.to_container(overrides, resolve=False)
+    return list(plain)
 
 
 def _last_reason(failed: Sequence[Trial]) -> str:

@@ -20,7 +20,7 @@ def write_results(
 ) -> None:
     """Write ``optimization_results.yaml`` and ``trials.csv``."""
     overrides = {record.number: record.overrides for record in records}
-    solutions = [
+    solutions: list[dict[str, Any]] = [
         {
             "trial": trial.candidate.id,
             "params": trial.params,
@@ -55,7 +55,7 @@ def _table(searcher: Searcher, records: Sequence[TrialRecord]) -> str:
     known = ["started_at", "finished_at", "directory", "cached_from", "failure"]
     writer.writerow(["trial", "job", "status", "pareto", "origin", *names, *objectives, *known])
     for record in records:
-        values = record.objectives or [None] * len(objectives)
+        values: list[Any] = list(record.objectives or [None] * len(objectives))
         failure = record.failure.splitlines()[0] if record.failure else None
         described = [record.started_at, record.finished_at, record.directory, record.cached_from, failure]
         mark = int(record.number in best)

@@ -1,0 +1,33 @@
+"""Hydra's own tests of sweepers, with ours."""
+
+from __future__ import annotations
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite
+
+
+@pytest.fixture(autouse=True)
+def outputs_are_left_elsewhere(tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+
+
+def test_hydra_discovers_it():
+    assert "OptcoreSweeper" in [plugin.__name__ for plugin in Plugins.instance().discover(Sweeper)]
+
+
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"),
+    [("basic", ["hydra/sweeper=optcore", "hydra/sweeper/searcher=grid", "hydra.sweeper.n_jobs=2"])],
+)
+class TestBatchedSweeper(BatchedSweeperTestSuite):
+    """Batches of two jobs, in the order of the grid."""
+
+
+@pytest.mark.parametrize(
+    ("task_launcher_cfg", "extra_flags"),
+    [({"defaults": [{"override hydra/sweeper": "optcore"}]}, ["-m"])],
+)
+class TestIntegration(IntegrationTestSuite):
+    """Folders, names and working directories of jobs."""
