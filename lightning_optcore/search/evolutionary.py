@@ -8,6 +8,7 @@ and :mod:`~lightning_optcore.search.surrogate` for the rest.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ from lightning_optcore.search.space import Params, Space, key_of
 
 # What a limit that is exceeded weighs against every cost: whoever keeps the limits comes first (Deb's rule).
 _EXCEEDED = 1e12
-# The surrogate learns from this many trials at most, the population and the newest.
-_LEARNED_FROM = 400
+# The surrogate learns from the population and this many of the newest trials.
+_NEWEST = 100
 _CROSSOVERS: Mapping[str, Crossover] = {"uniform": UniformCrossover(), "sbx": SimulatedBinaryCrossover()}
 
 
@@ -82,7 +83,7 @@ class Evolutionary(Searcher):
         crossover_rate: float = 0.8,
         adaptive: bool = True,
         surrogate: bool = True,
-        pool_size: int = 500,
+        pool_size: int = 200,
         exploration: float = 1.0,
         initial_trials: int | None = None,
         selection: Selection | None = None,
@@ -116,6 +117,7 @@ class Evolutionary(Searcher):
         self._mutate = mutation or PolynomialMutation()
         self._rates = OperatorRates([*self._crossovers, "mutation", "focus", "random"], floor=0.05)
         self._openness = 0.5
+        self._logs: list[list[float]] = []
         self._population: list[int] = []
         self._queue: list[tuple[Params, str]] = []
 
@@ -130,20 +132,31 @@ class Evolutionary(Searcher):
         return [self.trials[i] for i in self._population]
 
     def _propose(self, n: int) -> list[tuple[Params, str]]:
-        self._queue = [one for one in self._queue if key_of(one[0]) not in self._seen]
-        if not self._queue and len(self._seen) >= self.initial_trials and len(self._population) > 1:
-            # With many trials a forest costs more than one of them can change it: it then serves for several.
-            count = max(n, len(self.trials) // 25) if self.surrogate else n
+        taken = self._taken(n)
+        if not taken and len(self._seen) >= self.initial_trials and len(self._population) > 1:
+            # With many trials a fit costs more than one of them can change it: it then serves for several.
+            count = max(n, len(self.trials) // 15 - 6) if self.surrogate else n
             self._queue = self._bred(count)
-        if not self._queue:
-            point = self._new_point()
-            return [] if point is None else [(point, "random")]
-        taken, self._queue = self._queue[:n], self._queue[n:]
+            taken = self._taken(n)
+        if taken:
+            return taken
+        point = self._new_point()
+        return [] if point is None else [(point, "random")]
+
+    def _taken(self, n: int) -> list[tuple[Params, str]]:
+        """Take up to ``n`` children from the queue that were not asked for, or told, since they were bred."""
+        taken: list[tuple[Params, str]] = []
+        while self._queue and len(taken) < n:
+            one = self._queue.pop(0)
+            if key_of(one[0]) not in self._seen:
+                taken.append(one)
         return taken
 
     def _bred(self, count: int) -> list[tuple[Params, str]]:
         """Return up to ``count`` children that were not asked for yet, the most promising first."""
         genomes, operators = self._children(max(self.pool_size, 4 * count))
+        distinct = np.sort(np.unique(genomes, axis=0, return_index=True)[1])
+        genomes, operators = genomes[distinct], operators[distinct]
         children: dict[str, tuple[Params, str]] = {}
         rows = []
         for row, genome in enumerate(genomes):
@@ -201,7 +214,7 @@ class Evolutionary(Searcher):
         """Return the most promising children, the best first."""
         from lightning_optcore.search.surrogate import Surrogate, most_promising, scaled
 
-        chosen = sorted({*self._population, *range(max(0, len(self.trials) - _LEARNED_FROM), len(self.trials))})
+        chosen = sorted({*self._population, *range(max(0, len(self.trials) - _NEWEST), len(self.trials))})
         good = [i for i in chosen if self.trials[i].objectives is not None and not self.trials[i].violation]
         bad = sorted(set(chosen) - set(good))
         if len(good) < 2:
@@ -209,10 +222,17 @@ class Evolutionary(Searcher):
         costs = scaled(np.array([self.costs_of(self.trials[i]) for i in good]))
         targets = np.vstack([costs, np.ones((len(bad), costs.shape[1]))])
         tried = np.array([self.space.encode(self.trials[i].params) for i in [*good, *bad]])
-        seed = int(self._rng.integers(2**31))
-        model = Surrogate(seed=seed).fit(self.space.features(tried), targets)
+        model = Surrogate(self._groups).fit(self.space.features(tried), targets, self._logs)
+        self._logs = model.logs
         mean, deviation = model.predict(self.space.features(children))
         return most_promising(mean - self.exploration * deviation, costs, count)
+
+    @cached_property
+    def _groups(self) -> list[int]:
+        """To which parameter every column of the space's features belongs."""
+        counts, ordered = self.space.gene_counts, self.space.ordered
+        widths = np.where(~ordered & (counts > 2), counts, 1)
+        return [int(i) for i in np.repeat(np.arange(len(widths)), widths)]
 
     def _ranking_costs(self, indices: Sequence[int]) -> np.ndarray:
         rows = [self.costs_of(self.trials[i]) + _EXCEEDED * self.trials[i].violation for i in indices]
@@ -234,6 +254,7 @@ class Evolutionary(Searcher):
         return {
             "rates": self._rates.state(),
             "openness": self._openness,
+            "logs": self._logs,
             "population": list(map(int, self._population)),
             "queue": [list(one) for one in self._queue],
         }
@@ -241,5 +262,6 @@ class Evolutionary(Searcher):
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         self._rates.load(own["rates"])
         self._openness = own["openness"]
+        self._logs = [list(logs) for logs in own["logs"]]
         self._population = list(own["population"])
         self._queue = [(dict(params), origin) for params, origin in own["queue"]]

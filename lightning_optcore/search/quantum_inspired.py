@@ -14,7 +14,8 @@ It runs on an ordinary processor and claims no quantum speed-up. What the words 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from lightning_optcore.search.space import Params, Space, key_of
 
 # How often a register is observed anew where what it gave was asked for before.
 _ATTEMPTS = 50
+# The better half of the trials, from which decisions are coupled, is cut here: more would only cost time.
+_BETTER = 1000
 
 
 class QuantumInspired(Searcher):
@@ -101,9 +104,11 @@ class QuantumInspired(Searcher):
             int(min(count or levels, levels)) if ordered else int(count)
             for count, ordered in zip(counts, space.ordered, strict=True)
         ]
+        self._starts = np.concatenate([[0], np.cumsum(self._sizes)[:-1]])
         self._amplitudes = [[np.full(k, k**-0.5) for k in self._sizes] for _ in range(registers)]
         self._weights = _spread(registers, len(directions), target)
         self._register = 0
+        self._forget()
         self._mutate = PolynomialMutation()
 
     def probabilities(self, register: int = 0) -> dict[str, np.ndarray]:
@@ -117,11 +122,12 @@ class QuantumInspired(Searcher):
             return [] if point is None else [(point, "random")]
         local = self._rng.random() < self.local_search
         register = self._register
+        draw: Callable[[], np.ndarray] = self._neighbour
         if not local:
             self._register = (register + 1) % len(self._amplitudes)
+            draw = partial(self._observed, register, self._information())
         for _ in range(_ATTEMPTS):
-            genome = self._neighbour() if local else self._observed(register)
-            params = self.space.decode(genome)
+            params = self.space.decode(draw())
             if key_of(params) not in self._seen and self.space.is_feasible(params):
                 return [(params, "local" if local else f"register {register}")]
         point = self._new_point()
@@ -133,33 +139,34 @@ class QuantumInspired(Searcher):
         # One decision changed, and now and then a second one.
         return self._mutate(self.space, genome[None], 0.5 / len(genome), self._rng)[0]
 
-    def _observed(self, register: int) -> np.ndarray:
+    def _observed(self, register: int, information: np.ndarray) -> np.ndarray:
         """Return a genome drawn from a register, decision after decision."""
-        rng, cells = self._rng, np.zeros(len(self.space), dtype=int)
-        better = self._cells_of_better()
+        rng, cells, starts = self._rng, np.zeros(len(self.space), dtype=int), self._starts
         drawn: list[int] = []
         for i in rng.permutation(len(self.space)):
             chances = self._amplitudes[register][i] ** 2
             if drawn and self.entanglement_strength > 0:
-                leaning = np.mean([self._information(better, i, j, cells[j]) for j in drawn], axis=0)
+                values = slice(starts[i], starts[i] + len(chances))
+                leaning = information[values, starts[drawn] + cells[drawn]].mean(axis=1)
                 chances = chances * np.exp(self.entanglement_strength * leaning)
             cells[i] = rng.choice(len(chances), p=chances / chances.sum())
             drawn.append(int(i))
         return self._genome(cells)
 
-    def _cells_of_better(self) -> np.ndarray:
-        """Return the decisions of the better half of what succeeded, by the register that likes each most."""
-        scores, succeeded = self._scores(), self._succeeded
-        count = max(4, len(scores) // 2)
-        best = np.argsort(scores.min(axis=1), kind="stable")[:count]
-        return np.array([self._cells(self.space.encode(succeeded[i].params)) for i in best])
+    def _information(self) -> np.ndarray:
+        """Return the smoothed pointwise mutual information of every value with every other in the better trials.
 
-    def _information(self, better: np.ndarray, i: int, j: int, value: int) -> np.ndarray:
-        """Return the pointwise mutual information of every value of ``i`` with ``value`` of ``j``, smoothed."""
-        k = self._sizes[i]
-        together = np.bincount(better[better[:, j] == value, i], minlength=k) + 1.0
-        alone = np.bincount(better[:, i], minlength=k) + 1.0
-        return np.log(together / together.sum()) - np.log(alone / alone.sum())
+        These are the better half of what succeeded, by the register that likes each most. The values of all decisions
+        stand one after the other in the rows, and in the columns; it is what the column's value says of the row's.
+        """
+        liked = np.argsort(self._scores().min(axis=0), kind="stable")
+        better = self._tried[liked[: min(max(4, len(liked) // 2), _BETTER)]]
+        chosen = np.zeros((len(better), sum(self._sizes)))
+        chosen[np.arange(len(better))[:, None], better + self._starts] = 1.0
+        together, alone = chosen.T @ chosen + 1.0, chosen.sum(0) + 1.0
+        given = together / np.add.reduceat(together, self._starts).repeat(self._sizes, axis=0)
+        shares = alone / np.add.reduceat(alone, self._starts).repeat(self._sizes)
+        return np.log(given) - np.log(shares)[:, None]
 
     def _cells(self, genome: np.ndarray) -> np.ndarray:
         sizes = np.array(self._sizes)
@@ -172,29 +179,39 @@ class QuantumInspired(Searcher):
         positions = (cells + self._rng.random(len(cells))) / sizes
         return np.where(counts > 0, np.minimum(np.floor(positions * counts), counts - 1), positions)
 
-    @property
-    def _succeeded(self) -> list[Trial]:
-        return [trial for trial in self.trials if trial.objectives is not None and not trial.violation]
+    def _forget(self) -> None:
+        self._costs = np.empty((0, len(self.directions)))
+        self._tried = np.empty((0, len(self.space)), dtype=int)
+
+    def _remember(self, trials: Sequence[Trial]) -> None:
+        """Keep the costs and the cells of what succeeded."""
+        succeeded = [trial for trial in trials if trial.objectives is not None and not trial.violation]
+        if succeeded:
+            cells = [self._cells(self.space.encode(trial.params)) for trial in succeeded]
+            self._costs = np.vstack([self._costs, [self.costs_of(trial) for trial in succeeded]])
+            self._tried = np.vstack([self._tried, cells])
 
     def _scores(self) -> np.ndarray:
-        """Return what every success is worth to each register: the augmented Chebyshev norm, less being better."""
-        costs = np.array([self.costs_of(trial) for trial in self._succeeded])
-        low = costs.min(0)
-        units = (costs - low) / np.maximum(np.median(costs, 0) - low, 1e-12)
-        weighted = units[:, None, :] * self._weights[None]
-        return weighted.max(-1) + 0.05 * weighted.sum(-1)
+        """Return what every success is worth to each register: the augmented Chebyshev norm, less being better.
+
+        A row a register.
+        """
+        costs = np.ascontiguousarray(self._costs.T)
+        low = costs.min(axis=1, keepdims=True)
+        units = (costs - low) / np.maximum(np.median(costs, axis=1, keepdims=True) - low, 1e-12)
+        weighted = self._weights.T[:, :, None] * units[:, None, :]
+        return weighted.max(0) + 0.05 * weighted.sum(0)
 
     def _learn(self, trial: Trial) -> None:
         origin = trial.candidate.origin
         if trial.objectives is None or trial.violation or not self._front:
             return
-        scores = self._scores()
-        successes = self._succeeded
-        for register in range(len(self._amplitudes)):
-            best = successes[int(np.argmin(scores[:, register]))]
+        self._remember([trial])
+        best = self._scores().argmin(axis=1)
+        for register, index in enumerate(best):
             # Each register learns from what it drew itself, and all from what is new and best to them.
-            if origin == f"register {register}" or best is trial:
-                self._rotate(register, self._cells(self.space.encode(best.params)))
+            if origin == f"register {register}" or index == len(self._costs) - 1:
+                self._rotate(register, self._tried[index])
 
     def _rotate(self, register: int, best: np.ndarray) -> None:
         for i, amplitudes in enumerate(self._amplitudes[register]):
@@ -219,6 +236,8 @@ class QuantumInspired(Searcher):
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         self._amplitudes = [[np.array(a) for a in register] for register in own["amplitudes"]]
         self._register = own["register"]
+        self._forget()
+        self._remember(self.trials)
 
 
 def _spread(registers: int, objectives: int, target: int | None) -> np.ndarray:
