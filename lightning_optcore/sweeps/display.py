@@ -24,14 +24,20 @@ class LiveTable:
     Args:
         trials: Reads the trials.
         directions: Of the objectives.
+        objectives: Their names.
         n_trials: How many there will be, if that is known.
     """
 
     def __init__(
-        self, trials: Callable[[], list[TrialRecord]], directions: Sequence[Direction], n_trials: int | None
+        self,
+        trials: Callable[[], list[TrialRecord]],
+        directions: Sequence[Direction],
+        objectives: Sequence[str],
+        n_trials: int | None,
     ) -> None:
         self._trials = trials
         self._directions = directions
+        self._objectives = objectives
         self._n_trials = n_trials
         self._console = Console()
         self._live: Live | None = None
@@ -48,17 +54,25 @@ class LiveTable:
             self._console.print(self._table())
 
     def _table(self) -> RenderableType:
-        return sweep_table(self._trials(), self._directions, self._n_trials)
+        return sweep_table(self._trials(), self._directions, self._objectives, self._n_trials)
 
 
-def sweep_table(records: Sequence[TrialRecord], directions: Sequence[Direction], n_trials: int | None = None) -> Table:
-    """Return the newest trials and the front's best, each with the overrides that repeat it."""
+def sweep_table(
+    records: Sequence[TrialRecord],
+    directions: Sequence[Direction],
+    objectives: Sequence[str],
+    n_trials: int | None = None,
+) -> Table:
+    """Return the newest trials and the front's best, each with what was searched in it."""
     ended = sum(record.ended for record in records)
     failed = sum(record.status == "failed" for record in records)
     total = f" of {n_trials}" if n_trials is not None else ""
     table = Table(caption=f"{ended}{total} trials ended, {failed} failed; * on the Pareto front")
-    for title in ("trial", "status", *(f"{direction} {i}" for i, direction in enumerate(directions)), "overrides"):
-        table.add_column(title, justify="left" if title in ("status", "overrides") else "right")
+    table.add_column("trial", justify="right")
+    table.add_column("status")
+    for name, direction in zip(objectives, directions, strict=True):
+        table.add_column(f"{escape(name)}\n{direction}", justify="right")
+    table.add_column("candidate")
     best = _front(records, directions)
     newest = [record.number for record in records[-_NEWEST:]]
     shown = sorted({*sorted(best, key=lambda number: best[number])[:_BEST], *newest})
@@ -68,7 +82,8 @@ def sweep_table(records: Sequence[TrialRecord], directions: Sequence[Direction],
         values = [f"{value:.5g}" for value in record.objectives] if record.objectives else ["-"] * len(directions)
         mark = "*" if number in best else ""
         status = "cached" if record.cached_from else record.status
-        table.add_row(f"{number}{mark}", status, *values, escape(" ".join(record.overrides)))
+        candidate = " ".join(f"{name}={_short(value)}" for name, value in record.candidate.params.items() if name)
+        table.add_row(f"{number}{mark}", status, *values, escape(candidate))
     return table
 
 
@@ -81,3 +96,7 @@ def _front(records: Sequence[TrialRecord], directions: Sequence[Direction]) -> d
     costs = np.array([record.objectives for record in done]) * signs
     mask = non_dominated(costs)
     return {record.number: float(cost[0]) for record, cost, best in zip(done, costs, mask, strict=True) if best}
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

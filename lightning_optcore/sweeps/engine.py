@@ -179,6 +179,7 @@ class Sweep:
             log.info("nothing to search: the space has one point, which is run once")
         self._batch = 0
         self._next_job_num = 0
+        self._failed: list[TrialRecord] = []
         self._returns: list[list[JobReturn]] = []
 
     def run(self) -> list[list[JobReturn]]:
@@ -201,7 +202,8 @@ class Sweep:
             self._save_config()
             launcher = self._launcher(path)
             try:
-                with LiveTable(partial(self._journal.trials, record.id), self._directions, self._options.n_trials):
+                read = partial(self._journal.trials, record.id)
+                with LiveTable(read, self._directions, self._objective_names(), self._options.n_trials):
                     self._loop(launcher, unfinished)
                     self._check_some_succeeded()
             except BaseException as error:
@@ -269,34 +271,40 @@ class Sweep:
     def _fail_unfinished(self, reason: str) -> None:
         for trial in self._journal.trials(self._sweep_id, batch=self._batch):
             if not trial.ended:
-                self._journal.end_trial(self._sweep_id, trial.number, None, failure=reason)
+                self._journal.end_trial(trial, None, failure=reason)
 
     def _tell(self, record: TrialRecord) -> None:
         if not any(one.id == record.candidate.id for one in self._searcher.pending):
             return
         told = told_of(record)
         self._searcher.tell(told.candidate, told.objectives, failure=told.failure)
-        if record.failure is not None:
-            log.warning("trial %d failed: %s", record.number, record.failure.splitlines()[0])
+        if record.status == "failed":
+            self._failed.append(record)
+            log.warning("trial %d failed: %s", record.number, reason_of(record))
 
     def _check_failures(self) -> None:
-        trials = self._searcher.trials
-        failed = [trial for trial in trials if trial.failure is not None]
-        limit = self._options.max_failures
+        limit, failed = self._options.max_failures, self._failed
         if limit is not None and len(failed) >= limit:
             raise SweepError(f"hydra.sweeper.max_failures={limit}: {len(failed)} trials failed; {_last_reason(failed)}")
-        if len(failed) == len(trials) >= _HOPELESS:
-            raise SweepError(f"the first {len(trials)} trials all failed; {_last_reason(failed)}")
+        if len(failed) == len(self._searcher.trials) >= _HOPELESS:
+            raise SweepError(f"the first {len(failed)} trials all failed; {_last_reason(failed)}")
 
     def _check_some_succeeded(self) -> None:
-        trials = self._searcher.trials
-        if trials and all(trial.failure is not None for trial in trials) and not self._plain_run:
-            raise SweepError(f"{len(trials)} of {len(trials)} trials failed; {_last_reason(trials)}")
+        count = len(self._searcher.trials)
+        if count and len(self._failed) == count and not self._plain_run:
+            raise SweepError(f"{count} of {count} trials failed; {_last_reason(self._failed)}")
 
     @property
     def _plain_run(self) -> bool:
         """Whether nothing is searched, so that no objective is needed."""
         return self._searcher.space.size == 1 and not self._options.directions
+
+    def _objective_names(self) -> list[str]:
+        """Return the names that the configuration gives the objectives, else ``objective 0`` and so on."""
+        objective = OmegaConf.select(self._config, "objective", default=None)
+        names = [objective] if isinstance(objective, str) else [str(name) for name in objective or ()]
+        count = len(self._directions)
+        return names if len(names) == count else [f"objective {i}" for i in range(count)]
 
     def _store_path(self) -> str:
         path = self._options.store or OmegaConf.select(self._config, "store.path", default=None) or "outputs/optcore.db"
@@ -352,6 +360,7 @@ class Sweep:
         self._batch = max(trial.batch for trial in trials)
         waiting = {one["id"] for one in record.state["pending"]}
         told = [trial_dict(told_of(trial)) for trial in trials if trial.number not in waiting]
+        self._failed = [one for one in trials if one.status == "failed" and one.number not in waiting]
         self._searcher.load_state_dict({**record.state, "trials": told})
         unfinished = [trial for trial in trials if not trial.ended]
         ended = len(trials) - len(unfinished)
@@ -393,8 +402,8 @@ class Sweep:
         write_results(
             self._directory,
             self._sweep_id,
-            type(self._searcher).__name__,
             self._searcher,
+            self._objective_names(),
             self._journal.trials(self._sweep_id),
         )
 
@@ -403,8 +412,7 @@ def told_of(record: TrialRecord) -> Trial:
     """Return a trial as its searcher is told it."""
     candidate: Candidate = record.candidate
     if record.objectives is None:
-        reason = (record.failure or "no objective was returned").splitlines()[0]
-        return Trial(candidate, failure=reason)
+        return Trial(candidate, failure=reason_of(record))
     return Trial(candidate, tuple(record.objectives))
 
 
@@ -414,5 +422,10 @@ def _texts(overrides: Any) -> list[str]:
     return list(plain)
 
 
-def _last_reason(failed: Sequence[Trial]) -> str:
-    return f"the last one: {failed[-1].failure}"
+def reason_of(record: TrialRecord) -> str:
+    """Return in one line why a trial has no objectives."""
+    return (record.failure or "no objective was returned").splitlines()[0]
+
+
+def _last_reason(failed: Sequence[TrialRecord]) -> str:
+    return f"the last one: {reason_of(failed[-1])}"

@@ -7,6 +7,7 @@ the trials without a result are launched again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from lightning_optcore.search.searcher import Candidate
 from lightning_optcore.store import Store, StoreError, now
 
 JOURNAL_VERSION = 1
-ENDED = ("done", "failed")
+ENDED = ("done", "failed", "pruned")
 
 
 class SweepError(ValueError):
@@ -61,7 +62,7 @@ class SweepRecord:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as stored; its status is asked, running, done or failed."""
+    """A trial as stored; its status is asked, running, done, failed or pruned."""
 
     sweep_id: int
     number: int
@@ -226,25 +227,25 @@ class Journal:
     def start_trial(self, trial: TrialRecord, directory: str, fingerprint: str | None) -> None:
         """Write that a trial runs."""
         values = {"status": "running", "directory": directory, "fingerprint": fingerprint, "started_at": now()}
-        self._set_trial(trial.sweep_id, trial.number, values)
+        self._set_trial(trial, values)
 
     def end_trial(
         self,
-        sweep_id: int,
-        number: int,
+        trial: TrialRecord,
         objectives: Sequence[float] | None,
         failure: str | None = None,
         cached_from: str | None = None,
+        status: str | None = None,
     ) -> None:
-        """Write a trial's result."""
+        """Write a trial's result; that of a job whose trial was launched again meanwhile is dropped."""
         values = {
-            "status": "failed" if failure is not None else "done",
+            "status": status or ("failed" if failure is not None else "done"),
             "objectives": None if objectives is None else json.dumps(list(objectives)),
             "failure": failure,
             "cached_from": cached_from,
             "finished_at": now(),
         }
-        self._set_trial(sweep_id, number, values)
+        self._set_trial(trial, values)
 
     def by_fingerprint(self, fingerprint: str, objectives: int) -> TrialRecord | None:
         """Return the newest trial of any sweep that was measured with a fingerprint and as many objectives."""
@@ -263,23 +264,30 @@ class Journal:
         """Write an intermediate value of a trial; one of the same step is replaced."""
         table = tables.intermediate_values
         where = (table.c.sweep_id == sweep_id, table.c.number == number, table.c.step == step)
+        stored = value if math.isfinite(value) else None
         with self._store.writing() as connection:
             connection.execute(sa.delete(table).where(*where))
-            connection.execute(sa.insert(table).values(sweep_id=sweep_id, number=number, step=step, value=value))
+            connection.execute(sa.insert(table).values(sweep_id=sweep_id, number=number, step=step, value=stored))
 
     def intermediate_values(self, sweep_id: int) -> dict[int, dict[int, float]]:
-        """Return what the trials of a sweep reported: value by step, by the trial's number."""
+        """Return the finite values that the trials of a sweep reported: value by step, by the trial's number."""
         table = tables.intermediate_values
-        query = sa.select(table).where(table.c.sweep_id == sweep_id).order_by(table.c.number, table.c.step)
+        query = sa.select(table).where(table.c.sweep_id == sweep_id, table.c.value.is_not(None))
+        query = query.order_by(table.c.number, table.c.step)
         values: dict[int, dict[int, float]] = {}
         with self._store.reading() as connection:
             for row in connection.execute(query):
                 values.setdefault(row.number, {})[row.step] = row.value
         return values
 
-    def _set_trial(self, sweep_id: int, number: int, values: Mapping[str, Any]) -> None:
+    def _set_trial(self, trial: TrialRecord, values: Mapping[str, Any]) -> None:
         table = tables.trials
-        where = (table.c.sweep_id == sweep_id, table.c.number == number)
+        # The job's number as well: a worker may outlive its sweep.
+        where = (
+            table.c.sweep_id == trial.sweep_id,
+            table.c.number == trial.number,
+            table.c.job_num == trial.job_num,
+        )
         with self._store.writing() as connection:
             connection.execute(sa.update(table).where(*where).values(**values))
 

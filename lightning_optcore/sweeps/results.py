@@ -16,7 +16,7 @@ from lightning_optcore.sweeps.journal import TrialRecord
 
 
 def write_results(
-    directory: Path, sweep_id: int, name: str, searcher: Searcher, records: Sequence[TrialRecord]
+    directory: Path, sweep_id: int, searcher: Searcher, objectives: Sequence[str], records: Sequence[TrialRecord]
 ) -> None:
     """Write ``optimization_results.yaml`` and ``trials.csv``."""
     overrides = {record.number: record.overrides for record in records}
@@ -31,11 +31,12 @@ def write_results(
     ]
     content: dict[str, Any] = {
         "name": "optcore",
-        "searcher": name,
+        "searcher": type(searcher).__name__,
         "sweep": sweep_id,
-        "directions": list(searcher.directions),
+        "objectives": dict(zip(objectives, searcher.directions, strict=True)),
         "trials": len(records),
         "failed": sum(record.status == "failed" for record in records),
+        "pruned": sum(record.status == "pruned" for record in records),
     }
     if len(searcher.directions) == 1 and solutions:
         best = solutions[0]
@@ -43,19 +44,18 @@ def write_results(
     else:
         content["solutions"] = solutions
     write_atomically(directory / "optimization_results.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
-    write_atomically(directory / "trials.csv", _table(searcher, records))
+    write_atomically(directory / "trials.csv", _table(searcher, objectives, records))
 
 
-def _table(searcher: Searcher, records: Sequence[TrialRecord]) -> str:
+def _table(searcher: Searcher, objectives: Sequence[str], records: Sequence[TrialRecord]) -> str:
     names = list(searcher.space.parameters)
-    objectives = [f"objective_{i}" for i in range(len(searcher.directions))]
     best = {trial.candidate.id for trial in searcher.pareto_front()}
     text = io.StringIO()
     writer = csv.writer(text)
     known = ["started_at", "finished_at", "directory", "cached_from", "failure"]
     writer.writerow(["trial", "job", "status", "pareto", "origin", *names, *objectives, *known])
     for record in records:
-        values: list[Any] = list(record.objectives or [None] * len(objectives))
+        values: Sequence[Any] = record.objectives or [""] * len(objectives)
         failure = record.failure.splitlines()[0] if record.failure else None
         described = [record.started_at, record.finished_at, record.directory, record.cached_from, failure]
         mark = int(record.number in best)

@@ -41,6 +41,10 @@ class TrialTimeoutError(Exception):
     """A trial that took longer than ``hydra.sweeper.timeout_s``."""
 
 
+class TrialPrunedError(Exception):
+    """A trial that was ended because it did worse than the others."""
+
+
 @dataclass(frozen=True)
 class TrialTask:
     """Runs one trial in the place of the task function; it can be pickled if that one can.
@@ -75,16 +79,20 @@ class TrialTask:
             if same is not None and same.objectives is not None:
                 source = f"trial {same.number} of sweep {same.sweep_id}"
                 log.info("trial %d: as %s (same configuration, code, data and machine)", trial.number, source)
-                journal.end_trial(self.sweep_id, trial.number, same.objectives, cached_from=source)
+                journal.end_trial(trial, same.objectives, cached_from=source)
                 return same.objectives[0] if self.objectives == 1 else tuple(same.objectives)
             try:
                 with _named_trial(self.sweep_id, trial.number, self.store), _time_limit(self.timeout_s):
                     result = _returned(self.task, config)
+            except TrialPrunedError as error:
+                log.info("trial %d: pruned %s", trial.number, error)
+                journal.end_trial(trial, None, failure=f"pruned {error}", status="pruned")
+                raise
             except Exception as error:
-                journal.end_trial(self.sweep_id, trial.number, None, failure=_described(error))
+                journal.end_trial(trial, None, failure=_described(error))
                 raise
             values, failure = objectives_of(result, self.objectives, optional=self.optional)
-            journal.end_trial(self.sweep_id, trial.number, values, failure=failure)
+            journal.end_trial(trial, values, failure=failure)
             return result
 
     def _fingerprint(self, config: DictConfig) -> str | None:
