@@ -20,6 +20,7 @@ from lightning_optcore.sweeps.journal import Journal
 APP = Path(__file__).with_name("sweep_app.py")
 # 20 of them, in a sweep of 40 trials, take some minutes.
 KILLS = int(os.environ.get("SWEEP_KILLS", "4"))
+TRIALS = 2 * KILLS
 SPACE = ("x=interval(0.0,1.0)", "n=range(1,9)")
 
 
@@ -187,38 +188,50 @@ def test_a_changed_line_of_the_code_misses_the_cache(tmp_path):
     assert trials(tmp_path, 3)[1].objectives == [4.0]
 
 
-def killed_sweep(folder, after_s, *overrides):
-    """Start a sweep and kill it and its workers after some seconds; return whether it ended by itself."""
-    process = subprocess.Popen(
-        command(*overrides),
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=after_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return False
-    assert process.returncode == 0, output[-3000:]
-    return True
+def finish_with_kills(folder, kills, *overrides):
+    """Kill a sweep at random moments and start it again, until it ended; return how often it was killed.
 
-
-def finish_with_kills(folder, kills, pause, *overrides):
-    """Kill a sweep at random moments and start it again, until it ended; return how often it was killed."""
+    Three in four moments are within half a second of a launch's first job, the others before it: how long a process
+    takes to start depends on the machine.
+    """
     moments = random.Random(0)
-    count = 0
-    while True:
-        if count >= kills:
-            sweep(folder, *overrides)
+    log = folder / "log.txt"
+    startup = 2.0
+    for count in range(kills):
+        began = time.monotonic()
+        known = log.stat().st_size if log.exists() else 0
+        with (folder / "output.txt").open("w") as output:
+            process = subprocess.Popen(
+                command(*overrides),
+                cwd=folder,
+                env=environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        if moments.random() < 0.25:
+            wait_until(lambda process=process: process.poll() is not None, moments.random() * startup)
+        else:
+            wait_until(lambda known=known, process=process: grew(log, known) or process.poll() is not None, 120)
+            startup = time.monotonic() - began
+            wait_until(lambda process=process: process.poll() is not None, moments.random() * 0.5)
+        if process.poll() is not None:
+            assert process.returncode == 0, (folder / "output.txt").read_text()[-3000:]
             return count
-        if killed_sweep(folder, pause[0] + moments.random() * (pause[1] - pause[0]), *overrides):
-            return count
-        count += 1
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    sweep(folder, *overrides)
+    return kills
+
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not condition():
+        time.sleep(0.01)
+
+
+def grew(file, size):
+    return file.exists() and file.stat().st_size > size
 
 
 def check_nothing_ran_twice(folder, count):
@@ -246,14 +259,14 @@ def _values(trial):
 def test_a_sweep_killed_at_random_moments_continues_to_the_same_end(tmp_path, launcher):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    options = [*SPACE, "sleep=0.1", f"hydra.sweeper.n_trials={2 * KILLS}", "hydra.sweeper.n_jobs=2"]
+    options = [*SPACE, "sleep=0.1", f"hydra.sweeper.n_trials={TRIALS}", "hydra.sweeper.n_jobs=2"]
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
         options += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    kills = finish_with_kills(tmp_path / "killed", KILLS, (2.0, 4.5), *options)
-    assert kills >= KILLS / 2
+    kills = finish_with_kills(tmp_path / "killed", KILLS, *options)
+    assert kills == KILLS
     sweep(tmp_path / "whole", *options)
-    check_nothing_ran_twice(tmp_path / "killed", 2 * KILLS)
+    check_nothing_ran_twice(tmp_path / "killed", TRIALS)
     whole, killed = trials(tmp_path / "whole"), trials(tmp_path / "killed")
     assert [one.overrides for one in killed] == [one.overrides for one in whole]
     assert [one.objectives for one in killed] == [one.objectives for one in whole]
