@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import hydra_plugins
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -36,6 +35,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from rich.console import Console
 from rich.table import Table
 
+import hydra_plugins
 from hydra_plugins.lightning_optcore.sweeper import SEARCHERS
 from lightning_optcore.search import Space
 from lightning_optcore.store import Store

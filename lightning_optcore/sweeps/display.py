@@ -22,7 +22,7 @@ class LiveTable:
     """Shows the table while its block runs, and once more at its end; without a terminal only at the end.
 
     Args:
-        trials: Reads the trials.
+        trials: Reads the trials from the number ``first`` on.
         directions: Of the objectives.
         objectives: Their names.
         n_trials: How many there will be, if that is known.
@@ -30,7 +30,7 @@ class LiveTable:
 
     def __init__(
         self,
-        trials: Callable[[], list[TrialRecord]],
+        trials: Callable[..., list[TrialRecord]],
         directions: Sequence[Direction],
         objectives: Sequence[str],
         n_trials: int | None,
@@ -41,6 +41,7 @@ class LiveTable:
         self._n_trials = n_trials
         self._console = Console()
         self._live: Live | None = None
+        self._ended: list[TrialRecord] = []
 
     def __enter__(self) -> None:
         if self._console.is_terminal:
@@ -54,7 +55,11 @@ class LiveTable:
             self._console.print(self._table())
 
     def _table(self) -> RenderableType:
-        return sweep_table(self._trials(), self._directions, self._objectives, self._n_trials)
+        # What was read as ended stays so.
+        records = self._ended + self._trials(first=len(self._ended))
+        still = next((i for i, record in enumerate(records) if not record.ended), len(records))
+        self._ended = records[:still]
+        return sweep_table(records, self._directions, self._objectives, self._n_trials)
 
 
 def sweep_table(

@@ -180,6 +180,7 @@ class Sweep:
         self._batch = 0
         self._next_job_num = 0
         self._failed: list[TrialRecord] = []
+        self._lost: str | None = None
         self._returns: list[list[JobReturn]] = []
 
     def run(self) -> list[list[JobReturn]]:
@@ -189,7 +190,7 @@ class Sweep:
             SweepError: If it cannot be resumed, too many trials failed, or none succeeded.
         """
         path = str(self._store_path())
-        with Store(path) as store:
+        with Store(path) as store, store.held_open():
             self._journal = Journal(store)
             record = self._resumed() or self._begun()
             self._sweep_id = record.id
@@ -224,7 +225,7 @@ class Sweep:
                 if not self._returns:
                     self._validate([trial.overrides for trial in batch])
                 self._launch(launcher, batch)
-            for trial in self._journal.trials(self._sweep_id, batch=self._batch):
+            for trial in self._ended():
                 self._tell(trial)
             self._check_failures()
             batch = self._asked()
@@ -244,8 +245,7 @@ class Sweep:
         self._batch += 1
         asked = [(candidate, self._template.overrides(candidate.params)) for candidate in candidates]
         state = self._searcher.state_dict(trials=False)
-        self._journal.add_batch(self._sweep_id, self._batch, self._take_job_nums(len(asked)), asked, state)
-        return self._journal.trials(self._sweep_id, batch=self._batch)
+        return self._journal.add_batch(self._sweep_id, self._batch, self._take_job_nums(len(asked)), asked, state)
 
     def _take_job_nums(self, count: int) -> int:
         """Return the first of some job numbers that nothing else uses."""
@@ -262,16 +262,17 @@ class Sweep:
             raise
         except Exception as error:
             # The launcher lost its jobs, e.g. a worker was killed: what has a result keeps it.
-            lost = f"the launcher ended with {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            log.warning(lost)
-            self._fail_unfinished(lost)
-        else:
-            self._fail_unfinished("the job ended without a result")
+            self._lost = f"the launcher ended with {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            log.warning(self._lost)
 
-    def _fail_unfinished(self, reason: str) -> None:
-        for trial in self._journal.trials(self._sweep_id, batch=self._batch):
-            if not trial.ended:
-                self._journal.end_trial(trial, None, failure=reason)
+    def _ended(self) -> list[TrialRecord]:
+        """Return the newest batch; what its launcher left without a result has failed."""
+        batch = self._journal.trials(self._sweep_id, batch=self._batch)
+        unfinished = [trial for trial in batch if not trial.ended]
+        for trial in unfinished:
+            self._journal.end_trial(trial, None, failure=self._lost or "the job ended without a result")
+        self._lost = None
+        return self._journal.trials(self._sweep_id, batch=self._batch) if unfinished else batch
 
     def _tell(self, record: TrialRecord) -> None:
         if not any(one.id == record.candidate.id for one in self._searcher.pending):

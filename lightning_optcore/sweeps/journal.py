@@ -11,7 +11,8 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import psutil
@@ -71,13 +72,13 @@ class TrialRecord:
     candidate: Candidate
     overrides: list[str]
     status: str
-    objectives: list[float] | None
-    failure: str | None
-    fingerprint: str | None
-    cached_from: str | None
-    directory: str | None
-    started_at: str | None
-    finished_at: str | None
+    objectives: list[float] | None = None
+    failure: str | None = None
+    fingerprint: str | None = None
+    cached_from: str | None = None
+    directory: str | None = None
+    started_at: str | None = None
+    finished_at: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -164,24 +165,29 @@ class Journal:
         first_job_num: int,
         trials: Sequence[tuple[Candidate, list[str]]],
         state: Mapping[str, Any],
-    ) -> None:
-        """Write what a searcher asked for, with its state after that, before it is launched."""
+    ) -> list[TrialRecord]:
+        """Write what a searcher asked for, with its state after that, before it is launched; return it as written."""
+        records = [
+            TrialRecord(sweep_id, candidate.id, batch, first_job_num + i, candidate, overrides, "asked")
+            for i, (candidate, overrides) in enumerate(trials)
+        ]
         rows = [
             {
                 "sweep_id": sweep_id,
-                "number": candidate.id,
+                "number": record.number,
                 "batch": batch,
-                "job_num": first_job_num + i,
-                "candidate": json.dumps({"id": candidate.id, "params": candidate.params, "origin": candidate.origin}),
-                "overrides": json.dumps(overrides),
-                "status": "asked",
+                "job_num": record.job_num,
+                "candidate": json.dumps(asdict(record.candidate)),
+                "overrides": json.dumps(record.overrides),
+                "status": record.status,
             }
-            for i, (candidate, overrides) in enumerate(trials)
+            for record in records
         ]
         with self._store.writing() as connection:
             connection.execute(sa.insert(tables.trials), rows)
             table = tables.sweeps
             connection.execute(sa.update(table).where(table.c.id == sweep_id).values(state=json.dumps(state)))
+        return records
 
     def renumber(self, sweep_id: int, numbers: Sequence[int], first_job_num: int) -> None:
         """Give trials that are launched again job numbers of their own: a killed job's folder stays as it was."""
@@ -201,10 +207,10 @@ class Journal:
             highest = connection.execute(query).scalar()
         return 0 if highest is None else int(highest) + 1
 
-    def trials(self, sweep_id: int, *, batch: int | None = None) -> list[TrialRecord]:
-        """Return the trials of a sweep, or of one batch of it, in the order of asking."""
+    def trials(self, sweep_id: int, *, batch: int | None = None, first: int = 0) -> list[TrialRecord]:
+        """Return the trials of a sweep, or of one batch of it, in the order of asking, from a number on."""
         table = tables.trials
-        query = sa.select(table).where(table.c.sweep_id == sweep_id).order_by(table.c.number)
+        query = sa.select(table).where(table.c.sweep_id == sweep_id, table.c.number >= first).order_by(table.c.number)
         if batch is not None:
             query = query.where(table.c.batch == batch)
         with self._store.reading() as connection:
@@ -290,6 +296,16 @@ class Journal:
         )
         with self._store.writing() as connection:
             connection.execute(sa.update(table).where(*where).values(**values))
+
+
+def open_journal(path: str) -> Journal:
+    """Return the journal in a store; a process opens each store once, and compiles each query once."""
+    return _journal_of_process(path, os.getpid())
+
+
+@lru_cache(maxsize=8)
+def _journal_of_process(path: str, process: int) -> Journal:
+    return Journal(Store(path))
 
 
 def _find(connection: Connection, sweep_id: int) -> SweepRecord:

@@ -17,8 +17,7 @@ from typing import Literal
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_optcore.store import Store
-from lightning_optcore.sweeps.journal import Journal
+from lightning_optcore.sweeps.journal import open_journal
 from lightning_optcore.sweeps.task import TRIAL_VARIABLE, TrialPrunedError
 
 log = logging.getLogger(__name__)
@@ -146,10 +145,9 @@ class TrialPruning(Callback):
         """Write this trial's value and return why it should end."""
         sweep_id, number, path = named.split(" ", 2)
         value = float(trainer.callback_metrics[self.monitor])
-        with Store(path) as store:
-            journal = Journal(store)
-            journal.report(int(sweep_id), int(number), epoch, value)
-            reports = journal.intermediate_values(int(sweep_id))
+        journal = open_journal(path)
+        journal.report(int(sweep_id), int(number), epoch, value)
+        reports = journal.intermediate_values(int(sweep_id))
         if not math.isfinite(value):
             return f"is {value}"
         own = reports.pop(int(number))

@@ -27,8 +27,7 @@ from lightning_optcore.fingerprints import (
     fingerprint,
     hardware_fingerprint,
 )
-from lightning_optcore.store import Store
-from lightning_optcore.sweeps.journal import Journal
+from lightning_optcore.sweeps.journal import open_journal
 
 log = logging.getLogger(__name__)
 
@@ -70,30 +69,29 @@ class TrialTask:
     def __call__(self, config: DictConfig) -> Any:
         """Run the trial of this job; a failure is written to the journal and raised."""
         hydra = HydraConfig.get()
-        with Store(self.store) as store:
-            journal = Journal(store)
-            trial = journal.trial_of_job(self.sweep_id, int(hydra.job.num))
-            mark = self._fingerprint(config)
-            journal.start_trial(trial, str(hydra.runtime.output_dir), mark)
-            same = journal.by_fingerprint(mark, self.objectives) if mark is not None else None
-            if same is not None and same.objectives is not None:
-                source = f"trial {same.number} of sweep {same.sweep_id}"
-                log.info("trial %d: as %s (same configuration, code, data and machine)", trial.number, source)
-                journal.end_trial(trial, same.objectives, cached_from=source)
-                return same.objectives[0] if self.objectives == 1 else tuple(same.objectives)
-            try:
-                with _named_trial(self.sweep_id, trial.number, self.store), _time_limit(self.timeout_s):
-                    result = _returned(self.task, config)
-            except TrialPrunedError as error:
-                log.info("trial %d: pruned %s", trial.number, error)
-                journal.end_trial(trial, None, failure=f"pruned {error}", status="pruned")
-                raise
-            except Exception as error:
-                journal.end_trial(trial, None, failure=_described(error))
-                raise
-            values, failure = objectives_of(result, self.objectives, optional=self.optional)
-            journal.end_trial(trial, values, failure=failure)
-            return result
+        journal = open_journal(self.store)
+        trial = journal.trial_of_job(self.sweep_id, int(hydra.job.num))
+        mark = self._fingerprint(config)
+        journal.start_trial(trial, str(hydra.runtime.output_dir), mark)
+        same = journal.by_fingerprint(mark, self.objectives) if mark is not None else None
+        if same is not None and same.objectives is not None:
+            source = f"trial {same.number} of sweep {same.sweep_id}"
+            log.info("trial %d: as %s (same configuration, code, data and machine)", trial.number, source)
+            journal.end_trial(trial, same.objectives, cached_from=source)
+            return same.objectives[0] if self.objectives == 1 else tuple(same.objectives)
+        try:
+            with _named_trial(self.sweep_id, trial.number, self.store), _time_limit(self.timeout_s):
+                result = _returned(self.task, config)
+        except TrialPrunedError as error:
+            log.info("trial %d: pruned %s", trial.number, error)
+            journal.end_trial(trial, None, failure=f"pruned {error}", status="pruned")
+            raise
+        except Exception as error:
+            journal.end_trial(trial, None, failure=_described(error))
+            raise
+        values, failure = objectives_of(result, self.objectives, optional=self.optional)
+        journal.end_trial(trial, values, failure=failure)
+        return result
 
     def _fingerprint(self, config: DictConfig) -> str | None:
         """Return what identifies the trial's work, or ``None`` where that cannot be known."""
