@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_SAMPLES = 16_384
+
 
 def dominates(first: np.ndarray, second: np.ndarray) -> bool:
     """Return whether the first is nowhere worse and somewhere better.
@@ -113,6 +115,59 @@ def hypervolume_gains(costs: np.ndarray, front: np.ndarray, reference: np.ndarra
         return _plane_gains(costs, front, reference)
     before = hypervolume(front, reference)
     return np.array([hypervolume(np.vstack([front, point]), reference) - before for point in costs])
+
+
+def robust_reference(costs: np.ndarray) -> np.ndarray:
+    """Return a reference point that a few very bad trials do not move.
+
+    In every objective it is as far beyond the median as the best is before it, or the worst if that is nearer, and a
+    tenth of the way from the best more, so that the ends of the front count too.
+
+    Args:
+        costs: Shape (points, objectives).
+
+    Example:
+        >>> robust_reference(np.array([[0.0], [1.0], [2.0], [900.0]])).round(2).tolist()
+        [3.3]
+    """
+    low, middle, high = costs.min(0), np.median(costs, 0), costs.max(0)
+    far = np.where(middle > low, np.minimum(high, 2 * middle - low), high)
+    return far + np.where(far > low, 0.1 * (far - low), 1.0)
+
+
+def hypervolume_history(costs: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the hypervolume after each point, as a share of that after the last one.
+
+    Two objectives are computed exactly. Of more the exact volume takes too long: it is the share that is dominated of
+    16,384 random points between the best of every objective and the reference.
+
+    Args:
+        costs: Shape (points, objectives), in the order of time.
+        reference: Shape (objectives,).
+
+    Returns:
+        Shape (points,), within 0..1; all zero if no point is better than the reference in every objective.
+
+    Example:
+        >>> hypervolume_history(np.array([[0.0, 1.0], [3.0, 3.0], [1.0, 0.0]]), np.array([2.0, 2.0])).round(3).tolist()
+        [0.667, 0.667, 1.0]
+    """
+    volumes = np.zeros(len(costs))
+    if costs.shape[1] <= 2:
+        front = np.empty((0, costs.shape[1]))
+        for i, point in enumerate(costs):
+            volumes[i] = volumes[i - 1] if i else 0.0
+            if np.all(point < reference) and not np.any(np.all(front <= point, axis=1)):
+                front = np.vstack([front[~np.all(point <= front, axis=1)], point])
+                volumes[i] = hypervolume(front, reference)
+    else:
+        low = costs.min(0)
+        samples = low + (reference - low) * np.random.default_rng(0).random((_SAMPLES, costs.shape[1]))
+        covered = np.zeros(_SAMPLES, dtype=bool)
+        for i, point in enumerate(costs):
+            covered |= np.all(point <= samples, axis=1)
+            volumes[i] = covered.mean()
+    return volumes / volumes[-1] if volumes[-1] > 0 else volumes
 
 
 def _plane_gains(costs: np.ndarray, front: np.ndarray, reference: np.ndarray) -> np.ndarray:

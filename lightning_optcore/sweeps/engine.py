@@ -134,6 +134,13 @@ def directions_of(config: DictConfig, given: Sequence[Direction] | None) -> list
     return [direction_of(str(name)) for name in objective] if objective else ["minimize"]
 
 
+def objective_names(config: DictConfig, count: int) -> list[str]:
+    """Return the names that the configuration gives the objectives, else ``objective 0`` and so on."""
+    objective = OmegaConf.select(config, "objective", default=None)
+    names = [objective] if isinstance(objective, str) else [str(name) for name in objective or ()]
+    return names if len(names) == count else [f"objective {i}" for i in range(count)]
+
+
 class Sweep:
     """One sweep of one process.
 
@@ -301,11 +308,7 @@ class Sweep:
         return self._searcher.space.size == 1 and not self._options.directions
 
     def _objective_names(self) -> list[str]:
-        """Return the names that the configuration gives the objectives, else ``objective 0`` and so on."""
-        objective = OmegaConf.select(self._config, "objective", default=None)
-        names = [objective] if isinstance(objective, str) else [str(name) for name in objective or ()]
-        count = len(self._directions)
-        return names if len(names) == count else [f"objective {i}" for i in range(count)]
+        return objective_names(self._config, len(self._directions))
 
     def _store_path(self) -> str:
         path = self._options.store or OmegaConf.select(self._config, "store.path", default=None) or "outputs/optcore.db"
