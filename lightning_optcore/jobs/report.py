@@ -17,6 +17,7 @@ from lightning_optcore.jobs.sweep_reporting import sweep_line, sweep_page
 from lightning_optcore.profiling.comparison import compare_profiles
 from lightning_optcore.profiling.profile_report import ProfileReport
 from lightning_optcore.report.html import SweepLine, write_overview_report
+from lightning_optcore.report.sweep_figures import number
 from lightning_optcore.report.sweep_html import write_sweep_report
 from lightning_optcore.report.sweep_page import SweepPage
 from lightning_optcore.store import Run, Store
@@ -96,7 +97,7 @@ def _one_sweep(config: DictConfig, console: Console) -> None:
         raise ConfigurationError(str(error)) from error
     for trial in page.front:
         values = ", ".join(
-            f"{name} {value:.5g}" for (name, _), value in zip(page.objectives, trial.objectives or (), strict=True)
+            f"{name} {number(value)}" for (name, _), value in zip(page.objectives, trial.objectives or (), strict=True)
         )
         _say(console, f"trial {trial.number}: {values}\n  {trial.command}")
     _say(console, f"sweep {page.id}  {path}")

@@ -9,6 +9,7 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,28 +19,39 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_optcore.report.html import SweepLine
-from lightning_optcore.report.sweep_figures import short
+from lightning_optcore.report.sweep_figures import number, short
 from lightning_optcore.report.sweep_html import write_sweep_report
 from lightning_optcore.report.sweep_page import Axis, Importance, SweepPage, Trial
 from lightning_optcore.search.importance import parameter_importance
-from lightning_optcore.search.pareto import hypervolume_history, non_dominated, robust_reference
+from lightning_optcore.search.pareto import hypervolume_history, non_dominated, reference_of
 from lightning_optcore.search.searcher import SearchError
 from lightning_optcore.search.space import Choice, Interval, Parameter, SpaceError, described_parameter
-from lightning_optcore.store import Store
+from lightning_optcore.store import Store, now
 from lightning_optcore.sweeps.engine import objective_names
 from lightning_optcore.sweeps.journal import Journal, SweepRecord, TrialRecord
 
 log = logging.getLogger(__name__)
 
 
-def write_own_report(store_path: str, sweep_id: int) -> Path | None:
-    """Write ``sweep_report.html`` into a sweep's folder; whatever goes wrong is logged, and the sweep goes on."""
+def write_own_report(store_path: str, sweep_id: int, status: str) -> Path | None:
+    """Write ``sweep_report.html`` into the folder of a sweep that is about to end.
+
+    Args:
+        store_path: Path or URL of the store; plotly.js is written once, beside it.
+        sweep_id: Number of the sweep.
+        status: What the sweep will end with.
+
+    Returns:
+        The file, or ``None`` without the extra ``plots``.
+    """
+    with Store(store_path) as store:
+        page = sweep_page(Journal(store), sweep_id)
+    page = replace(page, status=status, finished_at=page.finished_at or now())
+    assets_dir = None if "://" in store_path else Path(store_path).parent
     try:
-        with Store(store_path) as store:
-            page = sweep_page(Journal(store), sweep_id)
-        path = write_sweep_report(page, Path(page.directory) / "sweep_report.html")
-    except Exception as error:
-        log.warning("no report of sweep %d: %s: %s", sweep_id, type(error).__name__, error)
+        path = write_sweep_report(page, Path(page.directory) / "sweep_report.html", assets_dir=assets_dir)
+    except ModuleNotFoundError as error:
+        log.info("no report of the sweep: %s", error)
         return None
     log.info("report of the sweep: %s", path)
     return path
@@ -63,7 +75,7 @@ def sweep_page(journal: Journal, sweep_id: int) -> SweepPage:
     done = sorted((record for record in records if record.objectives), key=lambda one: (one.finished_at, one.number))
     costs = _costs(sweep, done)
     several = len(names) > 1 and len(done) > 0
-    reference = robust_reference(costs) if several else np.empty(0)
+    reference = reference_of(costs) if several else np.empty(0)
     shares = hypervolume_history(costs, reference) if several else np.empty(0)
     signs = _signs(sweep)
     lowest = np.minimum.accumulate(costs[:, 0]) * signs[0] if len(names) == 1 else np.empty(0)
@@ -95,8 +107,8 @@ def sweep_line(journal: Journal, sweep: SweepRecord, page: Path | None) -> Sweep
     best = _front(sweep, records)
     found = ""
     if len(names) == 1 and best:
-        (value,) = next(record.objectives for record in records if record.number in best) or (0.0,)
-        found = f"{names[0]} {value:.5g}"
+        values = next(record.objectives for record in records if record.number in best)
+        found = f"{names[0]} {number(values[0])}" if values else ""
     elif best:
         found = f"{len(best)} on the front of {' and '.join(names)}"
     return SweepLine(
@@ -142,9 +154,11 @@ def _front(sweep: SweepRecord, records: Sequence[TrialRecord]) -> set[int]:
 
 
 def _trial(record: TrialRecord, best: bool, program: str) -> Trial:
-    note = (record.failure or "").splitlines()[:1]
+    note = "".join((record.failure or "").splitlines()[:1])
+    if record.status == "pruned":
+        note = note.removeprefix("pruned ")
     if record.cached_from:
-        note = [f"as {record.cached_from}"]
+        note = f"as {record.cached_from}"
     seconds = None
     if record.started_at and record.finished_at:
         passed = datetime.fromisoformat(record.finished_at) - datetime.fromisoformat(record.started_at)
@@ -156,7 +170,7 @@ def _trial(record: TrialRecord, best: bool, program: str) -> Trial:
         params=record.candidate.params,
         objectives=record.objectives,
         best=best,
-        note="".join(note),
+        note=note,
         cached=record.cached_from is not None,
         directory=record.directory,
         seconds=seconds,

@@ -57,6 +57,8 @@ def parallel_figure(page: SweepPage) -> Any:
             "colorscale": "Viridis",
         },
         labelangle=-20,
+        labelfont={"size": 13},
+        tickfont={"size": 12},
         unselected={"line": {"opacity": 0.08}},
     )
     figure = styled(go.Figure(lines), "", legend=False)
@@ -101,6 +103,16 @@ def short(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def number(value: float) -> str:
+    """Return an objective's value.
+
+    Example:
+        >>> number(0.9336312), number(327680.0), number(1.2e-7)
+        ('0.93363', '327,680', '1.2e-07')
+    """
+    return f"{value:,.0f}" if value == int(value) and abs(value) < 1e12 else f"{value:.5g}"
 
 
 def cut(text: str, longest: int = _LONGEST) -> str:
@@ -263,7 +275,8 @@ def _numbers(name: str, values: Sequence[float | None], *, log: bool) -> dict[st
     span = (high - low) or abs(high) or 1.0
     if high == low:
         low, high = low - span / 2, high + span / 2
-    ticks = _ticks(low, high, log)
+    whole = not log and all(float(value).is_integer() for value in known)
+    ticks = _ticks(low, high, log, whole)
     texts = [f"{10**tick if log else tick:.4g}" for tick in ticks]
     if len(known) < len(scaled):
         below = low - 0.15 * (high - low)
@@ -272,7 +285,7 @@ def _numbers(name: str, values: Sequence[float | None], *, log: bool) -> dict[st
     return _axis(name, scaled, ticks, texts, (low, high))
 
 
-def _ticks(low: float, high: float, log: bool) -> list[float]:
+def _ticks(low: float, high: float, log: bool, whole: bool) -> list[float]:
     """Return about five round numbers within an axis, or the powers of ten if there are at least two."""
     if log:
         powers = range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)
@@ -283,6 +296,7 @@ def _ticks(low: float, high: float, log: bool) -> list[float]:
     rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    step = max(step, 1) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [round((first + i) * step, 12) for i in range(math.floor(high / step + 1e-9) - first + 1)]
 

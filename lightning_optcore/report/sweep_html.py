@@ -36,7 +36,7 @@ def write_sweep_report(
         OSError: If the file cannot be written; nothing is left half-written.
     """
     target = Path(path)
-    finished = any(trial.objectives for trial in page.trials)
+    finished = sum(bool(trial.objectives) for trial in page.trials)
     shown = _shown(page.trials)
     names = [axis.name for axis in page.axes if axis.name]
     bars = [one for one in page.importance if one.bars]
@@ -48,7 +48,7 @@ def write_sweep_report(
         page=page,
         front=_drawn(sweep_figures.front_figure(page)) if finished else None,
         history=_drawn(sweep_figures.history_figure(page)) if len(page.history) > 1 else None,
-        parallel=_drawn(sweep_figures.parallel_figure(page)) if finished and names else None,
+        parallel=_drawn(sweep_figures.parallel_figure(page)) if finished > 1 and names else None,
         importance=_drawn(sweep_figures.importance_figure(bars)) if bars else None,
         columns=names if len(names) <= _MOST_COLUMNS else [],
         rows=[(trial, _link(trial, target), _folder(trial, page)) for trial in shown],
@@ -58,9 +58,11 @@ def write_sweep_report(
         cached=sum(trial.cached for trial in page.trials),
         ended=sum(page.count(status) for status in ("done", "failed", "pruned")),
         reference=", ".join(
-            f"{name} {value:.4g}" for (name, _), value in zip(page.objectives, page.reference, strict=False)
+            f"{name} {sweep_figures.short(value)}"
+            for (name, _), value in zip(page.objectives, page.reference, strict=False)
         ),
         short=sweep_figures.short,
+        number=sweep_figures.number,
     )
 
 

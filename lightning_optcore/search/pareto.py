@@ -117,22 +117,24 @@ def hypervolume_gains(costs: np.ndarray, front: np.ndarray, reference: np.ndarra
     return np.array([hypervolume(np.vstack([front, point]), reference) - before for point in costs])
 
 
-def robust_reference(costs: np.ndarray) -> np.ndarray:
-    """Return a reference point that a few very bad trials do not move.
+def reference_of(costs: np.ndarray) -> np.ndarray:
+    """Return a reference point for the hypervolume of trials: the worst of their front, and a tenth of its range more.
 
-    In every objective it is as far beyond the median as the best is before it, or the worst if that is nearer, and a
-    tenth of the way from the best more, so that the ends of the front count too.
+    Every member of the front counts then, its ends included, and bad trials do not set the scale (Ishibuchi et al.,
+    "How to Specify a Reference Point in Hypervolume Calculation for Fair Performance Comparison", Evolutionary
+    Computation 26(3), 2018). An objective in which the front has no range takes that of all trials.
 
     Args:
-        costs: Shape (points, objectives).
+        costs: Shape (points, objectives), at least one point.
 
     Example:
-        >>> robust_reference(np.array([[0.0], [1.0], [2.0], [900.0]])).round(2).tolist()
-        [3.3]
+        >>> reference_of(np.array([[0.0, 10.0], [1.0, 0.0], [900.0, 900.0]])).round(2).tolist()
+        [1.1, 11.0]
     """
-    low, middle, high = costs.min(0), np.median(costs, 0), costs.max(0)
-    far = np.where(middle > low, np.minimum(high, 2 * middle - low), high)
-    return far + np.where(far > low, 0.1 * (far - low), 1.0)
+    front = costs[non_dominated(costs)]
+    best, worst = front.min(0), front.max(0)
+    worst = np.where(worst > best, worst, costs.max(0))
+    return worst + np.where(worst > best, 0.1 * (worst - best), 1.0)
 
 
 def hypervolume_history(costs: np.ndarray, reference: np.ndarray) -> np.ndarray:
