@@ -422,7 +422,7 @@ class Sweep:
         )
 
     def _report(self, store: str, status: str) -> None:
-        if self._write_report is None or self._plain_run:
+        if self._write_report is None or self._plain_run or not self._searcher.trials:
             return
         try:
             self._write_report(store, self._sweep_id, status)
