@@ -87,7 +87,7 @@ def sweep_page(journal: Journal, sweep_id: int) -> SweepPage:
         finished_at=sweep.finished_at,
         directory=sweep.directory,
         searcher=(sweep.state or {}).get("searcher"),
-        arguments=json.loads(sweep.command)[2],
+        arguments=[one for one in json.loads(sweep.command)[2] if not one.startswith("hydra.mode=")],
         program=program,
         objectives=list(zip(names, sweep.directions, strict=True)),
         axes=[_axis(name, kind) for name, kind in parameters.items()],
