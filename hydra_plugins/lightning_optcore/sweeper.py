@@ -31,6 +31,7 @@ class SweeperConf:
         timeout_s: Seconds after which a trial is ended and counts as failed.
         cache: Whether a trial that was measured before, of the same configuration, code, data and machine, is
             answered from the store.
+        report: Whether ``sweep_report.html`` is written at the end (needs the extra ``plots``).
     """
 
     _target_: str = "hydra_plugins.lightning_optcore.sweeper.OptcoreSweeper"
@@ -51,6 +52,7 @@ class SweeperConf:
     max_failures: Optional[int] = None  # noqa: UP045
     timeout_s: Optional[float] = None  # noqa: UP045
     cache: bool = True
+    report: bool = True
 
 
 SEARCHERS: Dict[str, Dict[str, Any]] = {  # noqa: UP006
@@ -112,10 +114,17 @@ class OptcoreSweeper(Sweeper):
         assert self.hydra_context is not None and self.config is not None
         try:
             options = SweepOptions(**plain)
-            return Sweep(options, build, self.hydra_context, self.task_function, self.config, arguments).run()
+            report = _write_report if options.report else None
+            return Sweep(options, build, self.hydra_context, self.task_function, self.config, arguments, report).run()
         except (ExpressionError, SearchError, SpaceError, StoreError, SweepError) as error:
             # What a user can mend is printed without a traceback.
             raise CompactHydraException(f"hydra/sweeper=optcore: {error}") from error
+
+
+def _write_report(store: str, sweep_id: int, status: str) -> None:
+    from lightning_optcore.jobs.sweep_reporting import write_own_report
+
+    write_own_report(store, sweep_id, status)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""``optcore report``: list the store's runs and draw the Pareto front of two objectives."""
+"""``optcore report``: list the store's runs and sweeps, and draw the Pareto front of two objectives."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from rich.table import Table
 
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.objective import parse_objective
+from lightning_optcore.jobs.sweep_reporting import sweep_line, sweep_page
 from lightning_optcore.profiling.comparison import compare_profiles
 from lightning_optcore.profiling.profile_report import ProfileReport
-from lightning_optcore.report.html import write_overview_report
+from lightning_optcore.report.html import SweepLine, write_overview_report
+from lightning_optcore.report.sweep_figures import number
+from lightning_optcore.report.sweep_html import write_sweep_report
+from lightning_optcore.report.sweep_page import SweepPage
 from lightning_optcore.store import Run, Store
+from lightning_optcore.sweeps.journal import Journal
 
 
 def run(config: DictConfig) -> None:
@@ -24,11 +29,19 @@ def run(config: DictConfig) -> None:
     objective = parse_objective(config.objective)
     if len(objective) != 2:
         raise ConfigurationError(f"objective={list(objective)}: expected two names, e.g. [latency_ms,val/acc]")
-    if isinstance(config.limit, bool) or not isinstance(config.limit, int) or config.limit < 1:
-        raise ConfigurationError(f"limit={config.limit!r}: expected a whole number of at least 1")
+    for name, lowest in (("limit", 1), ("sweep_pages", 0), ("sweep", 1)):
+        number = config[name]
+        if number is None and name == "sweep":
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
+            raise ConfigurationError(f"{name}={number!r}: expected a whole number of at least {lowest}")
     path = Path(config.store.path)
     if "://" not in config.store.path and not path.is_file():
         raise ConfigurationError(f"store.path={path}: no such file; run `optcore train` first, or name another")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if config.sweep is not None:
+        _one_sweep(config, console)
+        return
     with Store(config.store.path) as store:
         runs = store.runs(limit=config.limit)
         front = store.pareto_front(objective)
@@ -37,22 +50,67 @@ def run(config: DictConfig) -> None:
         if known and name not in known:
             expected = ", ".join(sorted(known))
             raise ConfigurationError(f"objective={name!r} is in none of the runs: expected one of {expected}")
-    console = Console(width=None if sys.stdout.isatty() else 120)
     if config.compare is not None:
         _compare(config, console)
         return
     console.print(_table(runs, front, list(objective)))
     try:
+        sweeps = _sweeps(config)
         report = write_overview_report(
             runs,
             front,
             list(objective),
             Path(config.report.path),
+            sweeps=sweeps,
             self_contained=config.report.self_contained,
         )
     except ModuleNotFoundError as error:
         raise ConfigurationError(str(error)) from error
-    console.print(f"report  {report}", soft_wrap=True, highlight=False, markup=False)
+    for sweep in sweeps:
+        if sweep.page is not None:
+            _say(console, f"sweep {sweep.id}  {sweep.page}")
+    _say(console, f"report  {report}")
+
+
+def _sweeps(config: DictConfig) -> list[SweepLine]:
+    """Write the pages of the newest sweeps and return the lines of all."""
+    with Store(config.store.path) as store:
+        journal = Journal(store)
+        lines = []
+        for i, sweep in enumerate(journal.sweeps(config.limit)):
+            page = _write_sweep(config, sweep_page(journal, sweep.id)) if i < config.sweep_pages else None
+            lines.append(sweep_line(journal, sweep, page))
+        return lines
+
+
+def _one_sweep(config: DictConfig, console: Console) -> None:
+    with Store(config.store.path) as store:
+        journal = Journal(store)
+        known = [sweep.id for sweep in journal.sweeps()]
+        if config.sweep not in known:
+            there = ", ".join(map(str, known)) or "none"
+            raise ConfigurationError(f"sweep={config.sweep}: not in {config.store.path}; there are: {there}")
+        page = sweep_page(journal, config.sweep)
+    try:
+        path = _write_sweep(config, page)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(str(error)) from error
+    for trial in page.front:
+        values = ", ".join(
+            f"{name} {number(value)}" for (name, _), value in zip(page.objectives, trial.objectives or (), strict=True)
+        )
+        _say(console, f"trial {trial.number}: {values}\n  {trial.command}")
+    _say(console, f"sweep {page.id}  {path}")
+
+
+def _write_sweep(config: DictConfig, page: SweepPage) -> Path:
+    report = Path(config.report.path)
+    path = report.with_name(f"{report.stem}_sweep_{page.id}.html")
+    return write_sweep_report(page, path, self_contained=config.report.self_contained)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _compare(config: DictConfig, console: Console) -> None:

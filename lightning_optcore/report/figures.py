@@ -10,7 +10,7 @@ from typing import Any
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.store import Run
 
-_COLORS = {"before": "#7a8699", "after": "#0b8f6a"}
+COLORS = {"before": "#7a8699", "after": "#0b8f6a"}
 _GRID = "rgba(128,128,128,0.25)"
 _TEXT = "#808894"
 
@@ -48,7 +48,7 @@ def latency_figure(measurements: Mapping[str, Measurement]) -> str:
                     "array": [latency.p90 - latency.p50 for latency in values.values()],
                     "arrayminus": [0.0 for _ in values],
                 },
-                marker_color=_COLORS.get(role),
+                marker_color=COLORS.get(role),
             )
         )
     return fragment(styled(go.Figure(bars), "latency in ms, p50 with p90", y_log=True))
@@ -60,7 +60,7 @@ def size_figure(measurements: Mapping[str, Measurement]) -> str:
     bar = go.Bar(
         x=list(measurements),
         y=[measurement.size_bytes / 1e6 for measurement in measurements.values()],
-        marker_color=[_COLORS.get(role) for role in measurements],
+        marker_color=[COLORS.get(role) for role in measurements],
     )
     return fragment(styled(go.Figure(bar), "size in MB", legend=False))
 
@@ -70,7 +70,7 @@ def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     go, _ = plotly()
     lines = [
         go.Scatter(
-            name=_plain(name),
+            name=plain(name),
             x=[step for step, _ in points],
             y=[value if math.isfinite(value) else None for _, value in points],
             mode="lines+markers",
@@ -91,29 +91,29 @@ def pareto_figure(runs: Sequence[Run], front: Sequence[Run], objectives: Sequenc
         return go.Scatter(
             x=[run.objectives[x] for run in of],
             y=[run.objectives[y] for run in of],
-            text=[_plain(f"run {run.id}: {' '.join(run.overrides) or 'no overrides'}") for run in of],
+            text=[plain(f"run {run.id}: {' '.join(run.overrides) or 'no overrides'}") for run in of],
             hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
             **style,
         )
 
     figure = go.Figure(
         [
-            points(known, name="runs", mode="markers", marker={"color": _COLORS["before"], "size": 9}),
+            points(known, name="runs", mode="markers", marker={"color": COLORS["before"], "size": 9}),
             points(
                 best,
                 name="Pareto front",
                 mode="lines+markers",
-                line={"color": _COLORS["after"], "shape": "hv"},
+                line={"color": COLORS["after"], "shape": "hv"},
                 marker={"size": 12},
             ),
         ]
     )
-    figure.update_xaxes(title=_plain(x))
-    figure.update_yaxes(title=_plain(y))
+    figure.update_xaxes(title=plain(x))
+    figure.update_yaxes(title=plain(y))
     return fragment(styled(figure, ""))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Plotly reads a subset of HTML in its texts: the user's names must come out as they are."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,6 +19,31 @@ from lightning_optcore.measurement.comparison import Comparison, compare
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.report import figures, profile_figures
 from lightning_optcore.store import Run
+
+
+@dataclass(frozen=True)
+class SweepLine:
+    """A sweep in the overview.
+
+    Args:
+        id: Its number.
+        status: As on its page.
+        created_at: Start (ISO 8601, UTC).
+        searcher: Name of its searcher.
+        trials: How many ended.
+        failed: How many of them failed.
+        best: What it found, in some words.
+        page: Its own page, if that was written.
+    """
+
+    id: int
+    status: str
+    created_at: str
+    searcher: str
+    trials: int
+    failed: int
+    best: str
+    page: Path | None
 
 
 def write_run_report(
@@ -51,7 +77,7 @@ def write_run_report(
     drawn = [figures.latency_figure(measurements), figures.size_figure(measurements)] if measurements else []
     both = compare(measurements["before"], measurements["after"]) if len(measurements) == 2 else None
     last = list(measurements.values())[-1] if measurements else None
-    return _write(
+    return write_page(
         "run.html.j2",
         Path(path),
         assets_dir,
@@ -78,16 +104,18 @@ def write_overview_report(
     objectives: Sequence[str],
     path: str | Path,
     *,
+    sweeps: Sequence[SweepLine] = (),
     assets_dir: str | Path | None = None,
     self_contained: bool = False,
 ) -> Path:
-    """Write the overview: all runs, and the Pareto front of two objectives.
+    """Write the overview: all sweeps, all runs, and the Pareto front of two objectives.
 
     Args:
         runs: The runs to list.
         front: Those on the front.
         objectives: Names of the two objectives; the first one is the abscissa.
         path: The file to write.
+        sweeps: The sweeps to list.
         assets_dir: As in :func:`write_run_report`.
         self_contained: As in :func:`write_run_report`.
 
@@ -97,7 +125,7 @@ def write_overview_report(
     """
     target = Path(path)
     missing = [run.id for run in runs if any(name not in run.objectives for name in objectives)]
-    return _write(
+    return write_page(
         "overview.html.j2",
         target,
         assets_dir,
@@ -106,6 +134,7 @@ def write_overview_report(
         objectives=list(objectives),
         best={run.id for run in front},
         missing=missing,
+        sweeps=[(sweep, _link_to(sweep.page, target)) for sweep in sweeps],
         figure=Markup(figures.pareto_figure(runs, front, objectives)),
     )
 
@@ -121,7 +150,8 @@ def _profile_figures(profile: Mapping[str, Any]) -> list[Markup]:
     return [Markup(figures.fragment(figure)) for figure in drawn]
 
 
-def _write(template: str, path: Path, assets_dir: str | Path | None, self_contained: bool, **values: Any) -> Path:
+def write_page(template: str, path: Path, assets_dir: str | Path | None, self_contained: bool, **values: Any) -> Path:
+    """Write a page from its template."""
     environment = Environment(
         loader=PackageLoader("lightning_optcore.report"),
         autoescape=True,
@@ -208,7 +238,10 @@ def _environment(measurement: Measurement | None) -> list[tuple[str, str]]:
 def _link(run: Run, overview: Path) -> str | None:
     if run.directory is None:
         return None
-    report = Path(run.directory) / "report.html"
-    if not report.is_file():
+    return _link_to(Path(run.directory) / "report.html", overview)
+
+
+def _link_to(page: Path | None, overview: Path) -> str | None:
+    if page is None or not page.is_file():
         return None
-    return quote(Path(os.path.relpath(report.resolve(), overview.resolve().parent)).as_posix())
+    return quote(Path(os.path.relpath(page.resolve(), overview.resolve().parent)).as_posix())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_optcore.search.evolutionary import Evolutionary
     from lightning_optcore.search.expressions import ExpressionError
+    from lightning_optcore.search.importance import Importance, parameter_importance
     from lightning_optcore.search.nni_tuner import NNITuner
     from lightning_optcore.search.optuna_sampler import Optuna
     from lightning_optcore.search.pareto import hypervolume
@@ -25,6 +26,7 @@ _HOME_OF = {
     "Evolutionary": "evolutionary",
     "ExpressionError": "expressions",
     "Grid": "sampling",
+    "Importance": "importance",
     "NNITuner": "nni_tuner",
     "Optuna": "optuna_sampler",
     "QuantumInspired": "quantum_inspired",
@@ -36,6 +38,7 @@ _HOME_OF = {
     "Swarm": "swarm",
     "Trial": "searcher",
     "hypervolume": "pareto",
+    "parameter_importance": "importance",
 }
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "Evolutionary",
     "ExpressionError",
     "Grid",
+    "Importance",
     "NNITuner",
     "Optuna",
     "QuantumInspired",
@@ -54,6 +58,7 @@ __all__ = [
     "Swarm",
     "Trial",
     "hypervolume",
+    "parameter_importance",
 ]
 
 

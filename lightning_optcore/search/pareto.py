@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_SAMPLES = 16_384
+
 
 def dominates(first: np.ndarray, second: np.ndarray) -> bool:
     """Return whether the first is nowhere worse and somewhere better.
@@ -113,6 +115,61 @@ def hypervolume_gains(costs: np.ndarray, front: np.ndarray, reference: np.ndarra
         return _plane_gains(costs, front, reference)
     before = hypervolume(front, reference)
     return np.array([hypervolume(np.vstack([front, point]), reference) - before for point in costs])
+
+
+def reference_of(costs: np.ndarray) -> np.ndarray:
+    """Return a reference point for the hypervolume of trials: the worst of their front, and a tenth of its range more.
+
+    Every member of the front counts then, its ends included, and bad trials do not set the scale (Ishibuchi et al.,
+    "How to Specify a Reference Point in Hypervolume Calculation for Fair Performance Comparison", Evolutionary
+    Computation 26(3), 2018). An objective in which the front has no range takes that of all trials.
+
+    Args:
+        costs: Shape (points, objectives), at least one point.
+
+    Example:
+        >>> reference_of(np.array([[0.0, 10.0], [1.0, 0.0], [900.0, 900.0]])).round(2).tolist()
+        [1.1, 11.0]
+    """
+    front = costs[non_dominated(costs)]
+    best, worst = front.min(0), front.max(0)
+    worst = np.where(worst > best, worst, costs.max(0))
+    return worst + np.where(worst > best, 0.1 * (worst - best), 1.0)
+
+
+def hypervolume_history(costs: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return the hypervolume after each point, as a share of that after the last one.
+
+    Two objectives are computed exactly. Of more the exact volume takes too long: it is the share that is dominated of
+    16,384 random points between the best of every objective and the reference.
+
+    Args:
+        costs: Shape (points, objectives), in the order of time.
+        reference: Shape (objectives,).
+
+    Returns:
+        Shape (points,), within 0..1; all zero if no point is better than the reference in every objective.
+
+    Example:
+        >>> hypervolume_history(np.array([[0.0, 1.0], [3.0, 3.0], [1.0, 0.0]]), np.array([2.0, 2.0])).round(3).tolist()
+        [0.667, 0.667, 1.0]
+    """
+    volumes = np.zeros(len(costs))
+    if costs.shape[1] <= 2:
+        front = np.empty((0, costs.shape[1]))
+        for i, point in enumerate(costs):
+            volumes[i] = volumes[i - 1] if i else 0.0
+            if np.all(point < reference) and not np.any(np.all(front <= point, axis=1)):
+                front = np.vstack([front[~np.all(point <= front, axis=1)], point])
+                volumes[i] = hypervolume(front, reference)
+    else:
+        low = costs.min(0)
+        samples = low + (reference - low) * np.random.default_rng(0).random((_SAMPLES, costs.shape[1]))
+        covered = np.zeros(_SAMPLES, dtype=bool)
+        for i, point in enumerate(costs):
+            covered |= np.all(point <= samples, axis=1)
+            volumes[i] = covered.mean()
+    return volumes / volumes[-1] if volumes[-1] > 0 else volumes
 
 
 def _plane_gains(costs: np.ndarray, front: np.ndarray, reference: np.ndarray) -> np.ndarray:

@@ -419,6 +419,26 @@ def _described(kind: Parameter) -> str:
     return f"tag(log, {text})" if kind.log else text
 
 
+def described_parameter(name: str, text: str) -> Parameter:
+    """Return the parameter that :meth:`Space.to_dict` describes; what JSON does not know became text there.
+
+    Raises:
+        SpaceError: If the text describes none.
+
+    Example:
+        >>> space = Space({"width": "choice(16,32)", "act": "choice(relu,'a,b')", "lr": "tag(log, interval(1e-4, 1))"})
+        >>> described = space.to_dict()["parameters"]
+        >>> {name: described_parameter(name, text) for name, text in described.items()} == space.parameters
+        True
+    """
+    if text.startswith("choice(") and text.endswith(")"):
+        try:
+            return Choice(tuple(json.loads(f"[{text[len('choice(') : -1]}]")))
+        except json.JSONDecodeError as error:
+            raise SpaceError(f"{name}: {text} is no choice of JSON values") from error
+    return _parameter(name, text)
+
+
 def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,6 +55,7 @@ class SweepOptions:
     max_failures: int | None = None
     timeout_s: float | None = None
     cache: bool = True
+    report: bool = True
 
     def __post_init__(self) -> None:
         for name in ("n_trials", "n_jobs", "max_failures", "timeout_s"):
@@ -134,6 +136,13 @@ def directions_of(config: DictConfig, given: Sequence[Direction] | None) -> list
     return [direction_of(str(name)) for name in objective] if objective else ["minimize"]
 
 
+def objective_names(config: DictConfig, count: int) -> list[str]:
+    """Return the names that the configuration gives the objectives, else ``objective 0`` and so on."""
+    objective = OmegaConf.select(config, "objective", default=None)
+    names = [objective] if isinstance(objective, str) else [str(name) for name in objective or ()]
+    return names if len(names) == count else [f"objective {i}" for i in range(count)]
+
+
 class Sweep:
     """One sweep of one process.
 
@@ -144,6 +153,8 @@ class Sweep:
         task_function: The user's.
         config: The sweep's configuration.
         arguments: The command line's overrides of the task.
+        write_report: Writes a page about a sweep at its end, from the store's path, the sweep's number and its status;
+            where it fails, the sweep does not.
     """
 
     def __init__(
@@ -154,8 +165,10 @@ class Sweep:
         task_function: TaskFunction,
         config: DictConfig,
         arguments: Sequence[str],
+        write_report: Callable[[str, int, str], object] | None = None,
     ) -> None:
         self._options = options
+        self._write_report = write_report
         self._config = config
         self._context = hydra_context
         self._task_function = task_function
@@ -213,9 +226,13 @@ class Sweep:
                 if not interrupted:
                     self._journal.finish(record.id, "failed", f"{type(error).__name__}: {error}")
                 self._write_results()
+                if not interrupted:
+                    self._report(path, "failed")
                 raise
-            self._journal.finish(record.id, "done")
+            # Last of all it is done: killed while it writes, it continues and writes again.
             self._write_results()
+            self._report(path, "done")
+            self._journal.finish(record.id, "done")
         return self._returns
 
     def _loop(self, launcher: Any, unfinished: list[TrialRecord]) -> None:
@@ -301,11 +318,7 @@ class Sweep:
         return self._searcher.space.size == 1 and not self._options.directions
 
     def _objective_names(self) -> list[str]:
-        """Return the names that the configuration gives the objectives, else ``objective 0`` and so on."""
-        objective = OmegaConf.select(self._config, "objective", default=None)
-        names = [objective] if isinstance(objective, str) else [str(name) for name in objective or ()]
-        count = len(self._directions)
-        return names if len(names) == count else [f"objective {i}" for i in range(count)]
+        return objective_names(self._config, len(self._directions))
 
     def _store_path(self) -> str:
         path = self._options.store or OmegaConf.select(self._config, "store.path", default=None) or "outputs/optcore.db"
@@ -407,6 +420,19 @@ class Sweep:
             self._objective_names(),
             self._journal.trials(self._sweep_id),
         )
+
+    def _report(self, store: str, status: str) -> None:
+        if self._write_report is None or self._plain_run or not self._searcher.trials:
+            return
+        try:
+            self._write_report(store, self._sweep_id, status)
+        except Exception as error:
+            # What was found is written already, and the page can be made later.
+            reason = f"{type(error).__name__}: {error}"
+            log.warning("no report of the sweep: %s; make it by: %s", reason, self._report_command(store))
+
+    def _report_command(self, store: str) -> str:
+        return shlex.join(["optcore", "report", f"sweep={self._sweep_id}", override_text("store.path", store)])
 
 
 def told_of(record: TrialRecord) -> Trial:

@@ -158,6 +158,12 @@ class Journal:
         with self._store.reading() as connection:
             return _find(connection, sweep_id)
 
+    def sweeps(self, limit: int | None = None) -> list[SweepRecord]:
+        """Return sweeps, newest first."""
+        query = sa.select(tables.sweeps).order_by(tables.sweeps.c.id.desc()).limit(limit)
+        with self._store.reading() as connection:
+            return [_sweep(row) for row in connection.execute(query)]
+
     def add_batch(
         self,
         sweep_id: int,

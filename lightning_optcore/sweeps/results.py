@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def write_results(
             "trial": trial.candidate.id,
             "params": trial.params,
             "values": list(trial.objectives or ()),
-            "overrides": " ".join(overrides.get(trial.candidate.id, [])),
+            "overrides": shlex.join(overrides.get(trial.candidate.id, [])),
         }
         for trial in searcher.pareto_front()
     ]

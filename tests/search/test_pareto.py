@@ -46,3 +46,32 @@ def test_gains_are_differences_of_hypervolumes(objectives):
 def test_points_beyond_the_reference_add_nothing():
     assert pareto.hypervolume(np.array([[2.0, 0.0]]), np.array([1.0, 1.0])) == 0.0
     assert pareto.hypervolume(np.empty((0, 2)), np.array([1.0, 1.0])) == 0.0
+
+
+@pytest.mark.parametrize("objectives", [1, 2])
+def test_the_history_is_the_hypervolume_after_every_point(objectives):
+    costs = np.random.default_rng(0).random((40, objectives))
+    reference = pareto.reference_of(costs)
+    exact = np.array([pareto.hypervolume(costs[: i + 1], reference) for i in range(40)])
+    np.testing.assert_allclose(pareto.hypervolume_history(costs, reference), exact / exact[-1])
+
+
+def test_the_history_of_many_objectives_is_near_the_exact_one():
+    costs = np.random.default_rng(0).random((30, 3))
+    reference = np.full(3, 1.1)
+    exact = np.array([pareto.hypervolume(costs[: i + 1], reference) for i in range(30)])
+    np.testing.assert_allclose(pareto.hypervolume_history(costs, reference), exact / exact[-1], atol=0.02)
+
+
+def test_the_history_of_points_that_do_not_count_is_zero():
+    assert pareto.hypervolume_history(np.array([[2.0, 2.0], [3.0, 0.0]]), np.ones(2)).tolist() == [0.0, 0.0]
+
+
+def test_every_point_of_the_front_is_better_than_the_reference():
+    rng = np.random.default_rng(0)
+    flat = np.column_stack([np.zeros(20), rng.random(20)])
+    for costs in (rng.random((20, 3)), flat, np.ones((4, 2)), np.zeros((1, 3)), np.array([[0.0, 1.0], [9.0, 9.0]])):
+        front = costs[pareto.non_dominated(costs)]
+        assert (front < pareto.reference_of(costs)).all()
+    outlier = np.vstack([costs, [[1e9, 1e9]]])
+    assert (pareto.reference_of(np.vstack([[[1.0, 0.0]], outlier])) < 10).all(), "a bad trial does not set the scale"

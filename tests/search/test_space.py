@@ -10,6 +10,7 @@ import pytest
 
 from lightning_optcore.search import ExpressionError, Space, SpaceError
 from lightning_optcore.search.grammar import override_text
+from lightning_optcore.search.space import described_parameter
 
 EVERYTHING = {
     "width": "choice(16,32,64)",
@@ -21,6 +22,14 @@ EVERYTHING = {
     "size": "tag(log,int(interval(1,1000)))",
     "odd": "'a b',null,[1,2]",
 }
+
+
+def test_what_describes_a_space_reads_back_as_its_parameters():
+    space = Space(EVERYTHING | {"quoted": "choice('a,b','it\\'s','ü')", "flag": "true,false"})
+    described = space.to_dict()["parameters"]
+    assert {name: described_parameter(name, text) for name, text in described.items()} == space.parameters
+    with pytest.raises(SpaceError, match="is no choice of JSON values"):
+        described_parameter("x", "choice(a)")
 
 
 def test_every_point_comes_back_as_itself():
