@@ -90,7 +90,7 @@ class NNITuner(Replayed):
             raise SearchError(f"weights={weights}: expected a positive number for each of {count} objectives")
         self.tuner = tuner
         self.options = dict(options or {})
-        self._nni, self._class = _imported(tuner)
+        self._nni, self._class = nni_algorithm(*_TUNERS[tuner])
         self._nested = _nested(space)
         self._counts = []
         self._begin()
@@ -278,8 +278,16 @@ def _gene(kind: Parameter, value: Any) -> float:
     return kind.gene(min(max(round(number) if kind.integer else number, kind.low), kind.high))
 
 
-def _imported(tuner: str) -> tuple[Any, Any]:
-    module, name = _TUNERS[tuner]
+def nni_algorithm(module: str, name: str) -> tuple[Any, Any]:
+    """Return NNI and one class of its ``nni.algorithms.hpo``.
+
+    Args:
+        module: Where the class is, below ``nni.algorithms.hpo``.
+        name: Its name.
+
+    Raises:
+        SearchError: If NNI 3 is not installed.
+    """
     try:
         nni = importlib.import_module("nni")
         found = getattr(importlib.import_module(f"nni.algorithms.hpo.{module}"), name)

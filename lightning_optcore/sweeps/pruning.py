@@ -12,17 +12,21 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_optcore.search.nni_tuner import nni_algorithm
+from lightning_optcore.search.searcher import SearchError
 from lightning_optcore.sweeps.journal import open_journal
+from lightning_optcore.sweeps.nni_assessor import ASSESSORS, nni_rule
 from lightning_optcore.sweeps.task import TRIAL_VARIABLE, TrialPrunedError
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["min", "max"]
+Method = Literal["median", "halving", "nni_medianstop", "nni_curvefitting"]
 # Value by step.
 Reports = Mapping[int, float]
 
@@ -87,13 +91,15 @@ class TrialPruning(Callback):
     Args:
         monitor: The logged metric that is compared.
         mode: ``"min"`` or ``"max"``: which way is better.
-        method: ``"median"``, or ``"halving"`` for asynchronous successive halving.
+        method: ``"median"``, ``"halving"`` for asynchronous successive halving, or an assessor of NNI:
+            ``"nni_medianstop"`` or ``"nni_curvefitting"``; these need the extra ``nas``.
         min_epochs: No trial ends before so many epochs; the first rung of halving.
-        min_trials: How many others must have come as far, for the median.
+        min_trials: How many others must have come as far, for the median, or to their end, for NNI.
         reduction_factor: One in so many goes on at every rung, for halving.
 
     Raises:
-        MisconfigurationException: If an argument is out of range, or ``monitor`` was never logged.
+        MisconfigurationException: If an argument is out of range, ``monitor`` was never logged, or NNI is asked for and
+            not installed. ``"nni_curvefitting"`` only goes with ``mode="max"`` and a trainer that has ``max_epochs``.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -104,13 +110,13 @@ class TrialPruning(Callback):
         self,
         monitor: str = "val/loss",
         mode: Mode = "min",
-        method: Literal["median", "halving"] = "median",
+        method: Method = "median",
         min_epochs: int = 1,
         min_trials: int = 4,
         reduction_factor: int = 3,
     ) -> None:
         super().__init__()
-        for name, value, known in (("mode", mode, ("min", "max")), ("method", method, ("median", "halving"))):
+        for name, value, known in (("mode", mode, get_args(Mode)), ("method", method, get_args(Method))):
             if value not in known:
                 raise MisconfigurationException(f"{name}={value!r}: expected {' or '.join(known)}")
         for name, number, least in (
@@ -120,12 +126,27 @@ class TrialPruning(Callback):
         ):
             if number < least:
                 raise MisconfigurationException(f"{name}={number}: expected at least {least}")
+        self._assessor = method.removeprefix("nni_") if method.startswith("nni_") else None
+        if self._assessor is not None:
+            try:
+                nni_algorithm(*ASSESSORS[self._assessor])
+            except SearchError as error:
+                raise MisconfigurationException(f"method={method!r}: {error}") from error
+        if self._assessor == "curvefitting" and mode != "max":
+            raise MisconfigurationException(f"method={method!r}, mode={mode!r}: expected mode='max', e.g. an accuracy")
         self.monitor = monitor
         self.mode = mode
         self.method = method
         self.min_epochs = min_epochs
         self.min_trials = min_trials
         self.reduction_factor = reduction_factor
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that the last epoch is known, if it is to be predicted."""
+        if self._assessor == "curvefitting" and stage == "fit" and (trainer.max_epochs or -1) < 0:
+            raise MisconfigurationException(
+                f"method={self.method!r} predicts the last epoch: expected trainer.max_epochs, got {trainer.max_epochs}"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report the metric, and end the trial if it is to end."""
@@ -150,10 +171,22 @@ class TrialPruning(Callback):
         reports = journal.intermediate_values(int(sweep_id))
         if not math.isfinite(value):
             return f"is {value}"
-        own = reports.pop(int(number))
+        # A trial that was killed and launched again has reports of its first life beyond this epoch.
+        own = {step: known for step, known in reports.pop(int(number)).items() if step <= epoch}
         others = list(reports.values())
         if epoch < self.min_epochs:
             return None
+        if self._assessor is not None:
+            done = {trial.number for trial in journal.trials(int(sweep_id)) if trial.status == "done"}
+            completed = [values for other, values in reports.items() if other in done]
+            return nni_rule(
+                own,
+                completed,
+                assessor=self._assessor,
+                mode=self.mode,
+                min_trials=self.min_trials,
+                max_steps=trainer.max_epochs,
+            )
         if self.method == "median":
             return median_rule(own, others, mode=self.mode, min_trials=self.min_trials)
         return halving_rule(
