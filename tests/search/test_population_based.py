@@ -78,9 +78,7 @@ def test_perturbed_numbers_are_multiplied_and_ordered_choices_move_to_a_neighbou
 
 def test_what_is_resampled_comes_from_anywhere():
     space = Space({"kind": "a,b,c,d", "x": "interval(0.0,1.0)"})
-    searcher = PopulationBasedTraining(
-        space, population_size=60, generations=2, quantile=0.5, resample_probability=1.0
-    )
+    searcher = PopulationBasedTraining(space, population_size=60, generations=2, quantile=0.5, resample_probability=1.0)
     members = {one.id: one.params for one in told(searcher, searcher.ask(60), lambda params: params["x"])}
     children = [one for one in searcher.ask(60) if one.origin == "perturbed"]
     assert {one.params["kind"] for one in children} == set("abcd")
