@@ -172,7 +172,7 @@ class PopulationBasedTraining(Searcher):
         """Return a changed copy of one of the donors; a new beginning if nobody ever lived."""
         if not donors:
             return self.space.sample(self._rng), "random", None
-        donor = donors[self._rng.integers(len(donors))]
+        donor = donors[int(self._rng.integers(len(donors)))]
         for _ in range(_ATTEMPTS):
             params = self._perturbed(donor.params)
             if self.space.is_feasible(params):

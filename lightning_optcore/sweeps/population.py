@@ -293,7 +293,7 @@ def _like(current: Any, value: Any) -> Any:
     """Return plain data as the kind of thing that stands in its place now."""
     if isinstance(current, Tensor):
         return torch.tensor(value, dtype=current.dtype, device=current.device)
-    return type(current)(value) if isinstance(current, (tuple, Mapping)) else value
+    return type(current)(value) if isinstance(current, (tuple, dict)) else value
 
 
 def _reapply_scheduler(scheduler: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -314,7 +314,7 @@ def _reapply_scheduler(scheduler: Any, old: Mapping[str, Any], new: Mapping[str,
 
 
 def _random_state() -> dict[str, Any]:
-    numbers = np.random.get_state(legacy=True)
+    numbers: Any = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

@@ -27,7 +27,7 @@ def loss(params):
     return abs(math.log10(params["lr"]) + 2) + params["depth"] / 100
 
 
-def told(searcher, candidates, value=lambda params: loss(params)):
+def told(searcher, candidates, value=loss):
     for candidate in candidates:
         searcher.tell(candidate, value(candidate.params))
     return candidates

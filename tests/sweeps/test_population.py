@@ -17,6 +17,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from population_app import trained
 
 from lightning_optcore.callbacks import PopulationMember
 from lightning_optcore.search import Candidate
@@ -24,7 +25,6 @@ from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import Journal
 from lightning_optcore.sweeps.population import configured, current_member, reapply
 from lightning_optcore.sweeps.task import MEMBER_CHECKPOINT, TRIAL_VARIABLE
-from tests.sweeps.population_app import trained
 
 APP = Path(__file__).with_name("population_app.py")
 STATE = {"searcher": "PopulationBasedTraining", "own": {"generations": 3}}
@@ -204,10 +204,10 @@ def test_a_fit_that_failed_leaves_no_checkpoint(family):
             if trainer.global_step == 5:
                 raise ValueError("out of memory")
 
-    with pytest.raises(ValueError, match="^out of memory$"):
+    with pytest.raises(ValueError, match=r"^out of memory$"):
         family.train(callbacks=[Failing()])
     assert list((family.folder / "0").iterdir()) == []
-    with pytest.raises(MisconfigurationException, match="trial 1 continues from trial 0, whose checkpoint .* is not"):
+    with pytest.raises(MisconfigurationException, match=r"trial 1 continues from trial 0, whose checkpoint .* is not"):
         family.train(0)
 
 
@@ -221,7 +221,7 @@ def test_a_trainer_that_ends_too_early_is_refused(family):
 @pytest.mark.parametrize("parent", [None, 0])
 def test_a_checkpoint_of_ones_own_is_refused(family, parent):
     family.train()
-    with pytest.raises(MisconfigurationException, match="ckpt_path=.*: expected null"):
+    with pytest.raises(MisconfigurationException, match=r"ckpt_path=.*: expected null"):
         family.train(parent, ckpt_path=family.folder / "0" / MEMBER_CHECKPOINT)
 
 
