@@ -192,7 +192,10 @@ class PopulationMember(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the trial, and let this fit begin at its parent's checkpoint."""
-        self._member = current_member() if stage == "fit" else None
+        if stage != "fit":
+            return
+        self._configured, self._inherited = None, {}
+        self._member = current_member()
         if self._member is None:
             return
         needed = self.epochs * self._member.generations
@@ -255,6 +258,7 @@ class PopulationMember(Callback):
                 f"({' '.join(str(exception).split())})",
             )
         self._restoring = False
+        self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what children need beside the Trainer's own state."""

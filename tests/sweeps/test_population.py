@@ -17,7 +17,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from population_app import trained
+from population_app import Net, trained
 
 from lightning_optcore.callbacks import PopulationMember
 from lightning_optcore.search import Candidate
@@ -196,6 +196,14 @@ def test_what_changes_the_model_or_the_optimizer_cannot_be_searched(family, pare
     with pytest.raises((RuntimeError, KeyError, MisconfigurationException), match=message):
         family.train(0, **child)
     assert not (family.folder / "1" / MEMBER_CHECKPOINT).exists()
+
+
+def test_a_members_checkpoint_is_an_ordinary_one(family):
+    net, _ = family.train(width=8)
+    path = family.folder / "0" / MEMBER_CHECKPOINT
+    assert torch.load(path, weights_only=True)["epoch"] == 1
+    assert torch.equal(weights_of(Net.load_from_checkpoint(path)), weights_of(net))
+    assert [one.name for one in path.parent.iterdir()] == [MEMBER_CHECKPOINT]
 
 
 def test_a_fit_that_failed_leaves_no_checkpoint(family):
