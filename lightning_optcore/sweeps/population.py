@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_optcore.search.population_based import PopulationBasedTraining
-from lightning_optcore.store import Store
 from lightning_optcore.sweeps._compat import restore_in_this_fit
-from lightning_optcore.sweeps.journal import Journal
+from lightning_optcore.sweeps.journal import open_journal
 from lightning_optcore.sweeps.task import MEMBER_CHECKPOINT, TRIAL_VARIABLE
 
 # What follows from the learning rate, whatever a scheduler was configured with.
@@ -70,13 +69,12 @@ def current_member() -> Member | None:
     if named is None:
         return None
     sweep_id, number, path = named.split(" ", 2)
-    with Store(path) as store:
-        journal = Journal(store)
-        state = journal.sweep(int(sweep_id)).state or {}
-        if state.get("searcher") != PopulationBasedTraining.__name__:
-            return None
-        trial = journal.trial(int(sweep_id), int(number))
-        parent = None if trial.candidate.parent is None else journal.trial(int(sweep_id), trial.candidate.parent)
+    journal = open_journal(path)
+    state = journal.sweep(int(sweep_id)).state or {}
+    if state.get("searcher") != PopulationBasedTraining.__name__:
+        return None
+    trial = journal.trial(int(sweep_id), int(number))
+    parent = None if trial.candidate.parent is None else journal.trial(int(sweep_id), trial.candidate.parent)
     before = None if parent is None else Path(str(parent.directory)) / MEMBER_CHECKPOINT
     if parent is not None and before is not None and not before.exists():
         raise MisconfigurationException(
