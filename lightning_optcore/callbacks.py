@@ -5,12 +5,14 @@ from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.structured_pruning import StructuredPruning
 from lightning_optcore.profiling.performance_profiler import PerformanceProfiler
+from lightning_optcore.sweeps.population import PopulationMember
 from lightning_optcore.sweeps.pruning import TrialPruning
 
 __all__ = [
     "KnowledgeDistillation",
     "MagnitudePruning",
     "PerformanceProfiler",
+    "PopulationMember",
     "PostTrainingQuantization",
     "StructuredPruning",
     "TrialPruning",

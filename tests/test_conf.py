@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf, open_dict
 
+from hydra_plugins.lightning_optcore.sweeper import SEARCHERS
 from lightning_optcore.profiling.thresholds import Thresholds
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -84,3 +85,14 @@ def test_an_option_asks_nothing_of_the_project_that_uses_it(file):
     """A foreign project has no ``paths.output_root``; only Hydra's own resolvers are everywhere."""
     for reference in re.findall(r"\$\{([^}]*)\}", (CONF / file).read_text()):
         assert reference.startswith(("hydra:", "now:"))
+
+
+@pytest.mark.parametrize("name", SEARCHERS)
+def test_the_defaults_of_a_searcher_are_those_of_its_class(name):
+    node = dict(SEARCHERS[name])
+    parameters = inspect.signature(get_class(node.pop("_target_"))).parameters
+    # Which of another library's is chosen is what the option is for.
+    for chosen in ("tuner", "sampler"):
+        node.pop(chosen, None)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in node.items()}
+    assert given == {key: parameters[key].default for key in given}

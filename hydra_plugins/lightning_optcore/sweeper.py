@@ -78,6 +78,14 @@ SEARCHERS: Dict[str, Dict[str, Any]] = {  # noqa: UP006
     "optuna": {"_target_": "lightning_optcore.search.Optuna", "sampler": "multivariate_tpe"},
     "nni_tpe": {"_target_": "lightning_optcore.search.NNITuner", "tuner": "TPE"},
     "nni_evolution": {"_target_": "lightning_optcore.search.NNITuner", "tuner": "Evolution"},
+    "pbt": {
+        "_target_": "lightning_optcore.search.PopulationBasedTraining",
+        "population_size": 10,
+        "generations": 10,
+        "quantile": 0.25,
+        "perturbation_factors": [0.8, 1.25],
+        "resample_probability": 0.25,
+    },
 }
 
 _store = ConfigStore.instance()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_optcore.search.nni_tuner import NNITuner
     from lightning_optcore.search.optuna_sampler import Optuna
     from lightning_optcore.search.pareto import hypervolume
+    from lightning_optcore.search.population_based import PopulationBasedTraining
     from lightning_optcore.search.quantum_inspired import QuantumInspired
     from lightning_optcore.search.sampling import Grid, Random
     from lightning_optcore.search.searcher import Candidate, Searcher, SearchError, Trial
@@ -29,6 +30,7 @@ _HOME_OF = {
     "Importance": "importance",
     "NNITuner": "nni_tuner",
     "Optuna": "optuna_sampler",
+    "PopulationBasedTraining": "population_based",
     "QuantumInspired": "quantum_inspired",
     "Random": "sampling",
     "SearchError": "searcher",
@@ -49,6 +51,7 @@ __all__ = [
     "Importance",
     "NNITuner",
     "Optuna",
+    "PopulationBasedTraining",
     "QuantumInspired",
     "Random",
     "SearchError",

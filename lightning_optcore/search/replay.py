@@ -54,7 +54,7 @@ class Replayed(Searcher):
         Raises:
             SearchError: If it proposes another one.
         """
-        proposed = [params for params, _ in self._propose(1)]
+        proposed = [params for params, *_ in self._propose(1)]
         if [key_of(params) for params in proposed] != [key_of(candidate.params)]:
             raise SearchError(
                 f"candidate {candidate.id} was {candidate.params}, and is {proposed} when asked for again: restoring "

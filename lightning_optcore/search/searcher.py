@@ -20,6 +20,8 @@ from lightning_optcore.search.space import Params, Space, SpaceError, key_of
 
 STATE_VERSION = 1
 Direction = Literal["minimize", "maximize"]
+# A point, what proposed it, and its parent where it has one.
+Proposal = tuple[Params, str] | tuple[Params, str, int | None]
 
 
 class SearchError(ValueError):
@@ -34,11 +36,13 @@ class Candidate:
         id: Its number, counted from 0 in the order of asking.
         params: The values of the active parameters by name.
         origin: What proposed it, e.g. ``"random"`` or ``"crossover"``.
+        parent: Number of the earlier candidate whose weights it continues from; ``None`` if it starts anew.
     """
 
     id: int
     params: Params
     origin: str = ""
+    parent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class Searcher(ABC):
         SearchError: If a direction is unknown.
         SpaceError: If an initial point is not in the space.
     """
+
+    # Whether candidates continue from the weights of earlier ones, so that each has to leave its own.
+    continues = False
 
     def __init__(
         self,
@@ -122,7 +129,7 @@ class Searcher(ABC):
         """
         if n < 1:
             raise SearchError(f"ask({n}): expected a positive number")
-        points: list[tuple[Params, str]] = []
+        points: list[Proposal] = []
         while self._initial and len(points) < n:
             point = self._initial.pop(0)
             if key_of(point) not in self._seen:
@@ -132,10 +139,9 @@ class Searcher(ABC):
             proposed = self._propose(n - len(points))
             if not proposed:
                 break
-            for params, origin in proposed:
-                points.append((params, origin))
-                self._seen.add(key_of(params))
-        candidates = [Candidate(self._next_id + i, params, origin) for i, (params, origin) in enumerate(points)]
+            points += proposed
+            self._seen.update(key_of(point[0]) for point in proposed)
+        candidates = [Candidate(self._next_id + i, *point) for i, point in enumerate(points)]
         self._next_id += len(candidates)
         self._pending.update((candidate.id, candidate) for candidate in candidates)
         return candidates
@@ -204,7 +210,7 @@ class Searcher(ABC):
             "next_id": self._next_id,
             "rng": copy.deepcopy(self._rng.bit_generator.state),
             "initial": self._initial,
-            "pending": [_candidate_dict(candidate) for candidate in self._pending.values()],
+            "pending": [candidate_dict(candidate) for candidate in self._pending.values()],
             "own": self._own_state(),
         }
         if trials:
@@ -240,8 +246,11 @@ class Searcher(ABC):
         self._load_own_state(state["own"])
 
     @abstractmethod
-    def _propose(self, n: int) -> list[tuple[Params, str]]:
-        """Return about ``n`` points, none of them in ``self._seen``, and what proposed each; none at the end."""
+    def _propose(self, n: int) -> Sequence[Proposal]:
+        """Return about ``n`` points and what proposed each; none at the end.
+
+        None of them is in ``self._seen``, except where it continues from a parent.
+        """
 
     def _learn(self, trial: Trial) -> None:  # noqa: B027 - optional
         """Take a new trial, which is in ``self.trials`` by now."""
@@ -297,7 +306,7 @@ class Searcher(ABC):
 def trial_dict(trial: Trial) -> dict[str, Any]:
     """Return a trial as JSON-able data."""
     return {
-        "candidate": _candidate_dict(trial.candidate),
+        "candidate": candidate_dict(trial.candidate),
         "objectives": None if trial.objectives is None else list(trial.objectives),
         "failure": trial.failure,
         "violation": trial.violation,
@@ -315,5 +324,11 @@ def trial_of(data: Mapping[str, Any]) -> Trial:
     )
 
 
-def _candidate_dict(candidate: Candidate) -> dict[str, Any]:
-    return {"id": candidate.id, "params": candidate.params, "origin": candidate.origin}
+def candidate_dict(candidate: Candidate) -> dict[str, Any]:
+    """Return a candidate as JSON-able data."""
+    return {
+        "id": candidate.id,
+        "params": candidate.params,
+        "origin": candidate.origin,
+        "parent": candidate.parent,
+    }

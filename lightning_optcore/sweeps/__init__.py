@@ -1,1 +1,1 @@
-"""Sweeps: the engine behind ``hydra/sweeper=optcore``, its journal, and the early stopping of trials."""
+"""Sweeps: the engine behind ``hydra/sweeper=optcore``, its journal, early stopping, and trials that continue others."""

@@ -389,7 +389,8 @@ class Sweep:
 
     def _launcher(self, store: str) -> Any:
         code = None
-        if self._options.cache:
+        # What was measured before left no weights to continue from, and equal parameters may continue others' weights.
+        if self._options.cache and not self._searcher.continues:
             try:
                 code = code_fingerprint([self._task_function])
             except (OSError, TypeError) as error:
@@ -402,6 +403,7 @@ class Sweep:
             optional=self._plain_run,
             timeout_s=self._options.timeout_s,
             code=code,
+            continued=self._searcher.continues,
         )
         return Plugins.instance().instantiate_launcher(
             hydra_context=self._context, task_function=task, config=self._config

@@ -236,6 +236,31 @@ class Journal:
             raise StoreError(f"job {job_num} of sweep {sweep_id} is not in the journal")
         return _trial(row)
 
+    def trial(self, sweep_id: int, number: int) -> TrialRecord:
+        """Return a trial by its number.
+
+        Raises:
+            StoreError: If there is none.
+        """
+        table = tables.trials
+        query = sa.select(table).where(table.c.sweep_id == sweep_id, table.c.number == number)
+        with self._store.reading() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise StoreError(f"trial {number} of sweep {sweep_id} is not in the journal")
+        return _trial(row)
+
+    def lineage(self, sweep_id: int, number: int) -> list[TrialRecord]:
+        """Return a trial and those whose weights it continued from, the first one first.
+
+        Raises:
+            StoreError: If there is no such trial.
+        """
+        found = [self.trial(sweep_id, number)]
+        while (parent := found[-1].candidate.parent) is not None:
+            found.append(self.trial(sweep_id, parent))
+        return found[::-1]
+
     def start_trial(self, trial: TrialRecord, directory: str, fingerprint: str | None) -> None:
         """Write that a trial runs."""
         values = {"status": "running", "directory": directory, "fingerprint": fingerprint, "started_at": now()}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from lightning_optcore.files import write_atomically
-from lightning_optcore.search.searcher import Searcher
+from lightning_optcore.search.searcher import Candidate, Searcher
 from lightning_optcore.sweeps.journal import TrialRecord
 
 
@@ -20,13 +20,14 @@ def write_results(
     directory: Path, sweep_id: int, searcher: Searcher, objectives: Sequence[str], records: Sequence[TrialRecord]
 ) -> None:
     """Write ``optimization_results.yaml`` and ``trials.csv``."""
-    overrides = {record.number: record.overrides for record in records}
+    by_number = {record.number: record for record in records}
     solutions: list[dict[str, Any]] = [
         {
             "trial": trial.candidate.id,
             "params": trial.params,
             "values": list(trial.objectives or ()),
-            "overrides": shlex.join(overrides.get(trial.candidate.id, [])),
+            "overrides": _overrides(by_number.get(trial.candidate.id)),
+            **_lineage(by_number, trial.candidate),
         }
         for trial in searcher.pareto_front()
     ]
@@ -42,10 +43,25 @@ def write_results(
     if len(searcher.directions) == 1 and solutions:
         best = solutions[0]
         content |= {"best_params": best["params"], "best_value": best["values"][0], "best_overrides": best["overrides"]}
+        content |= {f"best_{name}": best[name] for name in ("trial", "lineage") if "lineage" in best}
     else:
         content["solutions"] = solutions
     write_atomically(directory / "optimization_results.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
     write_atomically(directory / "trials.csv", _table(searcher, objectives, records))
+
+
+def _overrides(record: TrialRecord | None) -> str:
+    return "" if record is None else shlex.join(record.overrides)
+
+
+def _lineage(records: Mapping[int, TrialRecord], candidate: Candidate) -> dict[str, Any]:
+    """Return how a candidate came to its weights, trial by trial, where it did not start anew."""
+    path = [candidate]
+    while (parent := path[-1].parent) is not None:
+        path.append(records[parent].candidate)
+    if len(path) == 1:
+        return {}
+    return {"lineage": [{"trial": one.id, "overrides": _overrides(records.get(one.id))} for one in reversed(path)]}
 
 
 def _table(searcher: Searcher, objectives: Sequence[str], records: Sequence[TrialRecord]) -> str:
@@ -54,14 +70,14 @@ def _table(searcher: Searcher, objectives: Sequence[str], records: Sequence[Tria
     text = io.StringIO()
     writer = csv.writer(text)
     known = ["started_at", "finished_at", "directory", "cached_from", "failure"]
-    writer.writerow(["trial", "job", "status", "pareto", "origin", *names, *objectives, *known])
+    writer.writerow(["trial", "job", "status", "pareto", "origin", "parent", *names, *objectives, *known])
     for record in records:
         values: Sequence[Any] = record.objectives or [""] * len(objectives)
         failure = record.failure.splitlines()[0] if record.failure else None
         described = [record.started_at, record.finished_at, record.directory, record.cached_from, failure]
         mark = int(record.number in best)
         chosen = [record.candidate.params.get(name) for name in names]
-        writer.writerow(
-            [record.number, record.job_num, record.status, mark, record.candidate.origin, *chosen, *values, *described]
-        )
+        candidate = record.candidate
+        found = [record.number, record.job_num, record.status, mark, candidate.origin, candidate.parent]
+        writer.writerow([*found, *chosen, *values, *described])
     return text.getvalue()

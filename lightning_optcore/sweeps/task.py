@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # Tells whoever runs within a trial, in whatever process, which one it is: "sweep number store".
 TRIAL_VARIABLE = "LIGHTNING_OPTCORE_TRIAL"
+# What a trial leaves in its folder where others may continue from it.
+MEMBER_CHECKPOINT = "population_member.ckpt"
 _LONGEST_FAILURE = 4_000
 
 
@@ -56,6 +59,7 @@ class TrialTask:
         optional: Whether it may return none.
         timeout_s: Seconds after which a trial is ended and counts as failed, or ``None``.
         code: Fingerprint of the task function's code; ``None`` neither asks the cache nor feeds it.
+        continued: Whether other trials will continue from its weights, so that it fails if it leaves none.
     """
 
     task: Callable[[DictConfig], Any]
@@ -65,6 +69,7 @@ class TrialTask:
     optional: bool = False
     timeout_s: float | None = None
     code: str | None = None
+    continued: bool = False
 
     def __call__(self, config: DictConfig) -> Any:
         """Run the trial of this job; a failure is written to the journal and raised."""
@@ -90,6 +95,8 @@ class TrialTask:
             journal.end_trial(trial, None, failure=_described(error))
             raise
         values, failure = objectives_of(result, self.objectives, optional=self.optional)
+        if failure is None and self.continued and not (Path(hydra.runtime.output_dir) / MEMBER_CHECKPOINT).exists():
+            values, failure = None, f"the job left no {MEMBER_CHECKPOINT}: add callbacks.population_member"
         journal.end_trial(trial, values, failure=failure)
         return result
 
