@@ -31,6 +31,8 @@ from lightning_optcore.search.space import Params, Space, key_of
 _EXCEEDED = 1e12
 # The surrogate learns from the population and this many of the newest trials.
 _NEWEST = 100
+# One fit serves for this many children at most.
+_BRED = 60
 _CROSSOVERS: Mapping[str, Crossover] = {"uniform": UniformCrossover(), "sbx": SimulatedBinaryCrossover()}
 
 
@@ -135,7 +137,7 @@ class Evolutionary(Searcher):
         taken = self._taken(n)
         if not taken and len(self._seen) >= self.initial_trials and len(self._population) > 1:
             # With many trials a fit costs more than one of them can change it: it then serves for several.
-            count = max(n, len(self.trials) // 15 - 6) if self.surrogate else n
+            count = max(n, min(len(self.trials) // 15 - 6, _BRED)) if self.surrogate else n
             self._queue = self._bred(count)
             taken = self._taken(n)
         if taken:
