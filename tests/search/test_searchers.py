@@ -219,7 +219,7 @@ def beats_chance(make, space, objectives, reference, trials):
     assert sum(a > b for a, b in zip(learned, drawn, strict=True)) >= 5
 
 
-@pytest.mark.parametrize(("make", "trials"), list(zip(LEARNERS, [40, 200, 120], strict=True)))
+@pytest.mark.parametrize(("make", "trials"), list(zip(LEARNERS, [50, 150, 200], strict=True)))
 def test_what_learns_beats_chance_among_decisions(make, trials):
     """Eight layers of four kinds: a dear one is worth more, and more so after another dear one."""
     space = Space({f"layer{i}": "none,pool,small,large" for i in range(8)})
