@@ -15,8 +15,7 @@ It runs on an ordinary processor and claims no quantum speed-up. What the words 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,12 +131,12 @@ class QuantumInspired(Searcher):
             return self._anywhere()
         local = self._rng.random() < self.local_search
         register = self._register
-        draw: Callable[[], np.ndarray] = self._neighbour
+        information = None if local else self._information()
         if not local:
             self._register = (register + 1) % len(self._amplitudes)
-            draw = partial(self._observed, register, self._information())
-        for _ in range(_ATTEMPTS):
-            params = self.space.decode(draw())
+        for attempt in range(_ATTEMPTS):
+            genome = self._neighbour(attempt) if information is None else self._observed(register, information)
+            params = self.space.decode(genome)
             if key_of(params) not in self._seen and self.space.is_feasible(params):
                 return [(params, "local" if local else f"register {register}")]
         return self._anywhere()
@@ -155,7 +154,8 @@ class QuantumInspired(Searcher):
             columns.append(rng.permutation(np.concatenate(rounds)[:count]))
         return [self._genome(cells) for cells in np.stack(columns, axis=1)]
 
-    def _neighbour(self) -> np.ndarray:
+    def _neighbour(self, attempt: int) -> np.ndarray:
+        """Return a genome that differs from a member of the front in one decision, or in several if those are known."""
         low, high = self._scale()
         front = np.arange(len(self._front))
         if len(front) > _WEIGHED:
@@ -166,8 +166,8 @@ class QuantumInspired(Searcher):
         chances = worth / max(worth.sum(), 1e-12) + 0.2 / len(front)
         member = self.trials[self._front[self._rng.choice(front, p=chances / chances.sum())]]
         genome = self.space.encode(member.params)
-        # One decision changed, and now and then a second one.
-        return self._mutate(self.space, genome[None], 0.5 / len(genome), self._rng)[0]
+        rate = 0.0 if attempt < _ATTEMPTS // 2 else 1 / len(genome)
+        return self._mutate(self.space, genome[None], rate, self._rng)[0]
 
     def _observed(self, register: int, information: np.ndarray) -> np.ndarray:
         """Return a genome drawn from a register, decision after decision."""
