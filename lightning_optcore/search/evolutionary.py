@@ -31,6 +31,10 @@ from lightning_optcore.search.space import Params, Space, key_of
 _EXCEEDED = 1e12
 # The surrogate learns from the population and this many of the newest trials.
 _NEWEST = 100
+# One fit serves for this many children at most.
+_BRED = 60
+# So many children are made without a surrogate: enough to find one that is new.
+_UNSCREENED = 40
 _CROSSOVERS: Mapping[str, Crossover] = {"uniform": UniformCrossover(), "sbx": SimulatedBinaryCrossover()}
 
 
@@ -135,7 +139,7 @@ class Evolutionary(Searcher):
         taken = self._taken(n)
         if not taken and len(self._seen) >= self.initial_trials and len(self._population) > 1:
             # With many trials a fit costs more than one of them can change it: it then serves for several.
-            count = max(n, len(self.trials) // 15 - 6) if self.surrogate else n
+            count = max(n, min(len(self.trials) // 15 - 6, _BRED)) if self.surrogate else n
             self._queue = self._bred(count)
             taken = self._taken(n)
         if taken:
@@ -154,7 +158,7 @@ class Evolutionary(Searcher):
 
     def _bred(self, count: int) -> list[tuple[Params, str]]:
         """Return up to ``count`` children that were not asked for yet, the most promising first."""
-        genomes, operators = self._children(max(self.pool_size, 4 * count))
+        genomes, operators = self._children(max(self.pool_size if self.surrogate else _UNSCREENED, 4 * count))
         distinct = np.sort(np.unique(genomes, axis=0, return_index=True)[1])
         genomes, operators = genomes[distinct], operators[distinct]
         children: dict[str, tuple[Params, str]] = {}

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+# With how many random points a volume is estimated: one after the other, and those of many points at once.
 _SAMPLES = 16_384
+FEW_SAMPLES = 4096
 
 
 def dominates(first: np.ndarray, second: np.ndarray) -> bool:
@@ -170,6 +172,40 @@ def hypervolume_history(costs: np.ndarray, reference: np.ndarray) -> np.ndarray:
             covered |= np.all(point <= samples, axis=1)
             volumes[i] = covered.mean()
     return volumes / volumes[-1] if volumes[-1] > 0 else volumes
+
+
+def contributions(costs: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Return what the hypervolume would lose without each member of a front; equal members lose nothing.
+
+    Args:
+        costs: Shape (members, objectives), none of them dominated; beyond two objectives it is an estimate from
+            random points.
+        reference: Shape (objectives,); members that are not better than it contribute nothing.
+
+    Example:
+        >>> contributions(np.array([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]]), np.array([4.0, 3.0])).tolist()
+        [1.0, 1.0, 2.0]
+    """
+    costs = np.minimum(costs, reference)
+    if costs.shape[1] == 1:
+        return np.zeros(len(costs)) if len(costs) > 1 else reference - costs[0]
+    if costs.shape[1] == 2:
+        order = np.lexsort((costs[:, 1], costs[:, 0]))
+        first, second = costs[order].T
+        result = np.empty(len(costs))
+        result[order] = (np.append(first[1:], reference[0]) - first) * (np.append(reference[1], second[:-1]) - second)
+        return result
+    low = costs.min(0)
+    covering = covered(costs, low + (reference - low) * np.random.default_rng(0).random((FEW_SAMPLES, len(reference))))
+    return np.prod(reference - low) * covering[:, covering.sum(0) == 1].sum(1) / FEW_SAMPLES
+
+
+def covered(costs: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Return which samples each point dominates, of shape (points, samples)."""
+    result = np.ones((len(costs), len(samples)), dtype=bool)
+    for j in range(costs.shape[1]):
+        result &= costs[:, j, None] <= samples[:, j]
+    return result
 
 
 def _plane_gains(costs: np.ndarray, front: np.ndarray, reference: np.ndarray) -> np.ndarray:

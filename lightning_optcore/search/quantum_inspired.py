@@ -4,9 +4,10 @@ It runs on an ordinary processor and claims no quantum speed-up. What the words 
 
 - *superposition*: every decision is a vector of amplitudes over its values; their squares are the probabilities;
 - *observation*: a candidate is drawn from them;
-- *interference*: the amplitudes are rotated towards the best that was seen (Han and Kim, IEEE Transactions on
-  Evolutionary Computation 6(6), 2002; here a decision may have more than two values, and the rotation is in the plane
-  of the amplitudes and the best value); no amplitude vanishes (their gate H-epsilon, 2004);
+- *interference*: every trial rotates the amplitudes, towards its values if it was among the better ones, away from
+  them if it was among the worse (Han and Kim, IEEE Transactions on Evolutionary Computation 6(6), 2002, whose angle
+  depends on such a comparison, too; here a decision may have more than two values, and the rotation is in the plane of
+  the amplitudes and the trial's value); no amplitude vanishes (their gate H-epsilon, 2004);
 - *entanglement*: decisions are drawn one after the other, each leaning to what went well together with those drawn
   before it, by the pointwise mutual information within the better trials.
 """
@@ -14,20 +15,22 @@ It runs on an ordinary processor and claims no quantum speed-up. What the words 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lightning_optcore.search.operators import PolynomialMutation
+from lightning_optcore.search.pareto import contributions
 from lightning_optcore.search.searcher import Direction, Searcher, SearchError, Trial
 from lightning_optcore.search.space import Params, Space, key_of
 
 # How often a register is observed anew where what it gave was asked for before.
 _ATTEMPTS = 50
-# The better half of the trials, from which decisions are coupled, is cut here: more would only cost time.
-_BETTER = 1000
+# Of the trials that succeeded at most twice as many are kept, then the better half.
+_KEPT = 1000
+# Of a larger front so many members, drawn at random, are weighed against each other.
+_WEIGHED = 100
 
 
 class QuantumInspired(Searcher):
@@ -43,10 +46,12 @@ class QuantumInspired(Searcher):
         entanglement_strength: How much a decision leans to those drawn before it, 0 to 1.
         target: Index of the objective that every second register attends to alone; ``None`` spreads all of them.
         registers: How many registers there are, each with its own weights of the objectives.
-        rotation: Angle of one rotation, in radians.
+        rotation: Angle by which the best trial rotates the amplitudes, in radians.
         levels: Cells of an interval, and of a range of more values than these.
-        local_search: Share of the candidates that are neighbours of the front.
-        initial_trials: Random trials before the first observation.
+        local_search: Share of the candidates that are neighbours of the front: of its members the more often, the more
+            hypervolume would be lost without them.
+        initial_trials: Trials before the first observation: a Latin hypercube, in which every value of every decision
+            comes equally often.
 
     Raises:
         SearchError: If a number is out of range.
@@ -109,6 +114,7 @@ class QuantumInspired(Searcher):
         self._weights = _spread(registers, len(directions), target)
         self._register = 0
         self._forget()
+        self._start = self._hypercube()
         self._mutate = PolynomialMutation()
 
     def probabilities(self, register: int = 0) -> dict[str, np.ndarray]:
@@ -118,26 +124,50 @@ class QuantumInspired(Searcher):
 
     def _propose(self, n: int) -> list[tuple[Params, str]]:
         if len(self._seen) < self.initial_trials or not self._front:
-            point = self._new_point()
-            return [] if point is None else [(point, "random")]
+            while self._start:
+                params = self.space.decode(self._start.pop())
+                if key_of(params) not in self._seen and self.space.is_feasible(params):
+                    return [(params, "hypercube")]
+            return self._anywhere()
         local = self._rng.random() < self.local_search
         register = self._register
-        draw: Callable[[], np.ndarray] = self._neighbour
+        information = None if local else self._information()
         if not local:
             self._register = (register + 1) % len(self._amplitudes)
-            draw = partial(self._observed, register, self._information())
-        for _ in range(_ATTEMPTS):
-            params = self.space.decode(draw())
+        for attempt in range(_ATTEMPTS):
+            genome = self._neighbour(attempt) if information is None else self._observed(register, information)
+            params = self.space.decode(genome)
             if key_of(params) not in self._seen and self.space.is_feasible(params):
                 return [(params, "local" if local else f"register {register}")]
+        return self._anywhere()
+
+    def _anywhere(self) -> list[tuple[Params, str]]:
         point = self._new_point()
         return [] if point is None else [(point, "random")]
 
-    def _neighbour(self) -> np.ndarray:
-        member = self.trials[self._front[self._rng.integers(len(self._front))]]
+    def _hypercube(self) -> list[np.ndarray]:
+        """Return genomes in which the values of each decision come equally often, or one of them once more."""
+        rng, count = self._rng, self.initial_trials
+        columns = []
+        for size in self._sizes:
+            rounds = [rng.permutation(size) for _ in range(math.ceil(count / size))]
+            columns.append(rng.permutation(np.concatenate(rounds)[:count]))
+        return [self._genome(cells) for cells in np.stack(columns, axis=1)]
+
+    def _neighbour(self, attempt: int) -> np.ndarray:
+        """Return a genome that differs from a member of the front in one decision, or in several if those are known."""
+        low, high = self._scale()
+        front = np.arange(len(self._front))
+        if len(front) > _WEIGHED:
+            front = self._rng.choice(front, size=_WEIGHED, replace=False)
+        units = (self._front_costs[front] - low) / (high - low)
+        worth = contributions(units, np.full(units.shape[1], 1.1))
+        # One in five is any of them: what is crowded, or far from the middle, has neighbours, too.
+        chances = worth / max(worth.sum(), 1e-12) + 0.2 / len(front)
+        member = self.trials[self._front[self._rng.choice(front, p=chances / chances.sum())]]
         genome = self.space.encode(member.params)
-        # One decision changed, and now and then a second one.
-        return self._mutate(self.space, genome[None], 0.5 / len(genome), self._rng)[0]
+        rate = 0.0 if attempt < _ATTEMPTS // 2 else 1 / len(genome)
+        return self._mutate(self.space, genome[None], rate, self._rng)[0]
 
     def _observed(self, register: int, information: np.ndarray) -> np.ndarray:
         """Return a genome drawn from a register, decision after decision."""
@@ -160,7 +190,7 @@ class QuantumInspired(Searcher):
         stand one after the other in the rows, and in the columns; it is what the column's value says of the row's.
         """
         liked = np.argsort(self._scores().min(axis=0), kind="stable")
-        better = self._tried[liked[: min(max(4, len(liked) // 2), _BETTER)]]
+        better = self._tried[liked[: max(4, len(liked) // 2)]]
         chosen = np.zeros((len(better), sum(self._sizes)))
         chosen[np.arange(len(better))[:, None], better + self._starts] = 1.0
         together, alone = chosen.T @ chosen + 1.0, chosen.sum(0) + 1.0
@@ -183,47 +213,53 @@ class QuantumInspired(Searcher):
         self._costs = np.empty((0, len(self.directions)))
         self._tried = np.empty((0, len(self.space)), dtype=int)
 
-    def _remember(self, trials: Sequence[Trial]) -> None:
-        """Keep the costs and the cells of what succeeded."""
-        succeeded = [trial for trial in trials if trial.objectives is not None and not trial.violation]
-        if succeeded:
-            cells = [self._cells(self.space.encode(trial.params)) for trial in succeeded]
-            self._costs = np.vstack([self._costs, [self.costs_of(trial) for trial in succeeded]])
-            self._tried = np.vstack([self._tried, cells])
+    def _remember(self, trial: Trial) -> bool:
+        """Keep the costs and the cells of a success, and return whether it is one."""
+        if trial.objectives is None or trial.violation > 0:
+            return False
+        if len(self._costs) == 2 * _KEPT:
+            best = np.sort(np.argsort(self._scores().min(axis=0), kind="stable")[:_KEPT])
+            self._costs, self._tried = self._costs[best], self._tried[best]
+        self._costs = np.vstack([self._costs, self.costs_of(trial)])
+        self._tried = np.vstack([self._tried, self._cells(self.space.encode(trial.params))])
+        return True
+
+    def _scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the least of every cost, and the median, which is above it."""
+        low = self._costs.min(0)
+        return low, np.maximum(np.median(self._costs, 0), low + 1e-12)
 
     def _scores(self) -> np.ndarray:
         """Return what every success is worth to each register: the augmented Chebyshev norm, less being better.
 
         A row a register.
         """
-        costs = np.ascontiguousarray(self._costs.T)
-        low = costs.min(axis=1, keepdims=True)
-        units = (costs - low) / np.maximum(np.median(costs, axis=1, keepdims=True) - low, 1e-12)
-        weighted = self._weights.T[:, :, None] * units[:, None, :]
+        low, high = self._scale()
+        weighted = self._weights.T[:, :, None] * ((self._costs - low) / (high - low)).T[:, None, :]
         return weighted.max(0) + 0.05 * weighted.sum(0)
 
     def _learn(self, trial: Trial) -> None:
-        origin = trial.candidate.origin
-        if trial.objectives is None or trial.violation or not self._front:
+        if not self._remember(trial):
             return
-        self._remember([trial])
-        best = self._scores().argmin(axis=1)
-        for register, index in enumerate(best):
-            # Each register learns from what it drew itself, and all from what is new and best to them.
-            if origin == f"register {register}" or index == len(self._costs) - 1:
-                self._rotate(register, self._tried[index])
+        scores = self._scores()
+        beaten = 0.5 * ((scores > scores[:, -1:]).mean(1) + (scores >= scores[:, -1:]).mean(1))
+        for register, share in enumerate(beaten):
+            # What a register likes best draws it by the whole angle, the median not at all; the worst repels it.
+            angle = self.rotation * (2 * float(share) - 1)
+            self._rotate(register, self._tried[-1], angle, self._tried[scores[register].argmin()])
 
-    def _rotate(self, register: int, best: np.ndarray) -> None:
+    def _rotate(self, register: int, cells: np.ndarray, angle: float, best: np.ndarray) -> None:
+        """Turn a register's amplitudes towards the values in these cells, or away from those that the best has not."""
         for i, amplitudes in enumerate(self._amplitudes[register]):
             k = len(amplitudes)
-            if k == 1:
+            if k == 1 or (angle < 0 and cells[i] == best[i]):
                 continue
-            towards = amplitudes[best[i]]
-            rest = math.sqrt(max(0.0, 1.0 - towards**2))
+            value = amplitudes[cells[i]]
+            rest = math.sqrt(max(0.0, 1.0 - value**2))
             least = math.sqrt(self.superposition_level / (5 * k))
-            angle = min(math.asin(min(1.0, towards)) + self.rotation, math.pi / 2)
-            turned = amplitudes * (math.cos(angle) / rest if rest > 0 else 0.0)
-            turned[best[i]] = math.sin(angle)
+            turned_to = min(max(math.asin(min(1.0, value)) + angle, 0.0), math.pi / 2)
+            turned = amplitudes * (math.cos(turned_to) / rest if rest > 0 else 0.0)
+            turned[cells[i]] = math.sin(turned_to)
             turned = np.maximum(turned, least)
             self._amplitudes[register][i] = turned / np.linalg.norm(turned)
 
@@ -231,13 +267,16 @@ class QuantumInspired(Searcher):
         return {
             "amplitudes": [[a.tolist() for a in register] for register in self._amplitudes],
             "register": self._register,
+            "start": [genome.tolist() for genome in self._start],
         }
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         self._amplitudes = [[np.array(a) for a in register] for register in own["amplitudes"]]
         self._register = own["register"]
+        self._start = [np.array(genome) for genome in own["start"]]
         self._forget()
-        self._remember(self.trials)
+        for trial in self.trials:
+            self._remember(trial)
 
 
 def _spread(registers: int, objectives: int, target: int | None) -> np.ndarray:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_optcore.search.pareto import dominates
 from lightning_optcore.search.space import Params, Space, SpaceError, key_of
 
 STATE_VERSION = 1
@@ -109,7 +108,9 @@ class Searcher(ABC):
         self._next_id = 0
         self._pending: dict[int, Candidate] = {}
         self._seen: set[str] = set()
+        # Indices of the trials that no other dominates, and their costs, a row each.
         self._front: list[int] = []
+        self._front_costs = np.empty((0, len(directions)))
 
     @property
     def done(self) -> bool:
@@ -239,6 +240,7 @@ class Searcher(ABC):
         self._initial = [dict(point) for point in state["initial"]]
         self._pending = {one["id"]: Candidate(**one) for one in state["pending"]}
         self.trials, self._front = [], []
+        self._front_costs = np.empty((0, len(self.directions)))
         for one in state["trials"]:
             self._add(trial_of(one))
         asked = [*self._pending.values(), *(trial.candidate for trial in self.trials)]
@@ -296,11 +298,12 @@ class Searcher(ABC):
         self.trials.append(trial)
         if trial.objectives is None or trial.violation > 0:
             return
-        costs = self.costs_of(trial)
-        others = [(i, self.costs_of(self.trials[i])) for i in self._front]
-        if any(dominates(other, costs) for _, other in others):
+        costs, others = self.costs_of(trial), self._front_costs
+        if np.any(np.all(others <= costs, axis=1) & np.any(others < costs, axis=1)):
             return
-        self._front = [*(i for i, other in others if not dominates(costs, other)), index]
+        stay = np.any(others < costs, axis=1) | np.all(others == costs, axis=1)
+        self._front = [*(i for i, stays in zip(self._front, stay, strict=True) if stays), index]
+        self._front_costs = np.vstack([others[stay], costs])
 
 
 def trial_dict(trial: Trial) -> dict[str, Any]:

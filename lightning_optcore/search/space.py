@@ -64,6 +64,8 @@ class Choice:
 
     def gene(self, value: Any) -> float:
         """Return the index of a value."""
+        if isinstance(value, (str, int, float)) and (type(value), value) in self._quick:
+            return float(self._quick[type(value), value])
         try:
             return float(self._index[_text(value)])
         except KeyError:
@@ -72,6 +74,10 @@ class Choice:
     @cached_property
     def _index(self) -> dict[str, int]:
         return {_text(value): i for i, value in enumerate(self.values)}
+
+    @cached_property
+    def _quick(self) -> dict[tuple[type, Any], int]:
+        return {(type(value), value): i for i, value in enumerate(self.values) if isinstance(value, (str, int, float))}
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,12 @@ import numpy as np
 from scipy.linalg import lapack  # type: ignore[import-untyped]
 from scipy.optimize import minimize  # type: ignore[import-untyped]
 
-from lightning_optcore.search.pareto import hypervolume_gains, non_dominated
+from lightning_optcore.search.pareto import FEW_SAMPLES, covered, hypervolume_gains, non_dominated
 
 # Logarithms of what a process has: a rate for every parameter, and the variances of the product, the linear part and
 # the noise. Mean and spread of what is expected before any trial, on costs of variance 1; the bounds, five spreads
 # away, keep every covariance well conditioned.
 _RATE, _VARIANCES = (-1.0, 1.0), ((-1.0, 1.0), (-1.0, 1.5), (-4.0, 1.5))
-_SAMPLES = 4096
 
 
 class Surrogate:
@@ -175,13 +174,6 @@ def _gains(bounds: np.ndarray, front: np.ndarray, reference: np.ndarray) -> np.n
         return hypervolume_gains(bounds, front, reference)
     # Beyond the plane the exact volume of hundreds of points takes seconds: the share of random points, instead.
     low = np.minimum(bounds.min(0), 0.0)
-    samples = low + (reference - low) * np.random.default_rng(0).random((_SAMPLES, len(reference)))
-    free = samples[~_covered(front, samples).any(0)]
-    return _covered(bounds, free).sum(1) / _SAMPLES
-
-
-def _covered(costs: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    covered = np.ones((len(costs), len(samples)), dtype=bool)
-    for j in range(costs.shape[1]):
-        covered &= costs[:, j, None] <= samples[:, j]
-    return covered
+    samples = low + (reference - low) * np.random.default_rng(0).random((FEW_SAMPLES, len(reference)))
+    free = samples[~covered(front, samples).any(0)]
+    return covered(bounds, free).sum(1) / FEW_SAMPLES

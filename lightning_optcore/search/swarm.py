@@ -150,9 +150,8 @@ class Swarm(Searcher):
     def _leader(self, particle: int) -> np.ndarray | None:
         """Return where a particle's leader is, or ``None`` if nobody has found anything."""
         if len(self.directions) > 1 and self._front:
-            costs = np.array([self.costs_of(self.trials[i]) for i in self._front])
-            distances = crowding_distances(costs)
-            first, second = self._rng.integers(len(costs), size=2)
+            distances = crowding_distances(self._front_costs)
+            first, second = self._rng.integers(len(distances), size=2)
             chosen = first if distances[first] >= distances[second] else second
             return self._position(self.space.encode(self.trials[self._front[chosen]].params), self._positions[particle])
         neighbours = list(range(self.particles))

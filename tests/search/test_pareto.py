@@ -75,3 +75,21 @@ def test_every_point_of_the_front_is_better_than_the_reference():
         assert (front < pareto.reference_of(costs)).all()
     outlier = np.vstack([costs, [[1e9, 1e9]]])
     assert (pareto.reference_of(np.vstack([[[1.0, 0.0]], outlier])) < 10).all(), "a bad trial does not set the scale"
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_contributions_are_what_the_volume_loses(objectives):
+    rng = np.random.default_rng(0)
+    front = rng.random((30, objectives)) * 1.2
+    front = front[pareto.non_dominated(front)]
+    reference = np.ones(objectives)
+    whole = pareto.hypervolume(front, reference)
+    expected = [whole - pareto.hypervolume(np.delete(front, i, 0), reference) for i in range(len(front))]
+    # Counted with 4096 random points beyond two objectives.
+    tolerance = 1e-12 if objectives < 3 else 0.01
+    assert pareto.contributions(front, reference) == pytest.approx(np.array(expected), abs=tolerance)
+
+
+def test_equal_members_contribute_nothing():
+    front = np.array([[0.0, 0.5], [0.0, 0.5], [0.5, 0.0], [2.0, -1.0]])
+    assert pareto.contributions(front, np.ones(2)).tolist() == [0.0, 0.0, 0.25, 0.0]

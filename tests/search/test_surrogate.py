@@ -84,7 +84,7 @@ def test_the_first_chosen_adds_most_and_the_next_keep_away_from_it(objectives):
 
 
 def test_screening_finds_the_best_sooner():
-    """Ten decisions that count unequally, 40 trials."""
+    """Ten decisions that count unequally, 30 trials."""
     space = Space({f"layer{i}": "a,b,c" for i in range(10)})
 
     def worth(params):
@@ -92,7 +92,7 @@ def test_screening_finds_the_best_sooner():
 
     def best_of(surrogate, seed):
         searcher = Evolutionary(space, ["maximize"], seed=seed, surrogate=surrogate, population_size=10)
-        for _ in range(40):
+        for _ in range(30):
             (candidate,) = searcher.ask()
             searcher.tell(candidate, worth(candidate.params))
         return searcher.best().objectives[0]
