@@ -154,7 +154,7 @@ def _continued(folder: Path, searcher: str, behind: int) -> tuple[Path, list[str
     folder.mkdir()
     space = Space(read_template(PARAMS, []).space)
     one = (
-        instantiate(SEARCHERS[searcher] | {"generations": None}, space, DIRECTIONS, seed=0)
+        instantiate(SEARCHERS[searcher] | {"generations": 10_000}, space, DIRECTIONS, seed=0)
         if (searcher == "evolutionary")
         else instantiate(SEARCHERS[searcher], space, DIRECTIONS, seed=0)
     )
@@ -186,7 +186,7 @@ def _continued(folder: Path, searcher: str, behind: int) -> tuple[Path, list[str
         f"hydra.sweeper.n_trials={behind + JOBS}",
         "hydra.sweeper.store=store.db",
         "hydra.sweeper.resume=1",
-        *(["hydra.sweeper.searcher.generations=null"] if searcher == "evolutionary" else []),
+        *(["hydra.sweeper.searcher.generations=10000"] if searcher == "evolutionary" else []),
     ]
 
 

@@ -125,6 +125,7 @@ def hardware() -> dict[str, Any]:
     }
 
 
+@cache
 def hardware_fingerprint() -> str:
     """Return the fingerprint of :func:`hardware`."""
     return fingerprint(hardware())

@@ -340,6 +340,10 @@ class Store:
         with self.reading() as connection:
             version = _version_of(connection)
         if version < tables.SCHEMA_VERSION:
+            if self._is_sqlite:
+                # The file keeps this.
+                with self.reading() as connection:
+                    connection.exec_driver_sql("PRAGMA journal_mode = WAL")
             with self.writing() as connection:
                 version = _version_of(connection)
                 for migrate in tables.MIGRATIONS[version:]:
@@ -470,7 +474,6 @@ def _configure_sqlite(engine: Engine) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
         cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
-        cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()

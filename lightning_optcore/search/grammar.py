@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -81,6 +82,7 @@ def _element(value: Any) -> Any:
     return value
 
 
+@lru_cache(maxsize=1024)
 def _reads_back(text: str) -> bool:
     try:
         override = OverridesParser.create().parse_override(f"x={text}")

@@ -222,20 +222,6 @@ class Journal:
         with self._store.reading() as connection:
             return [_trial(row) for row in connection.execute(query)]
 
-    def trial_of_job(self, sweep_id: int, job_num: int) -> TrialRecord:
-        """Return the trial that a job runs.
-
-        Raises:
-            StoreError: If there is none.
-        """
-        table = tables.trials
-        query = sa.select(table).where(table.c.sweep_id == sweep_id, table.c.job_num == job_num)
-        with self._store.reading() as connection:
-            row = connection.execute(query).first()
-        if row is None:
-            raise StoreError(f"job {job_num} of sweep {sweep_id} is not in the journal")
-        return _trial(row)
-
     def trial(self, sweep_id: int, number: int) -> TrialRecord:
         """Return a trial by its number.
 
@@ -261,10 +247,21 @@ class Journal:
             found.append(self.trial(sweep_id, parent))
         return found[::-1]
 
-    def start_trial(self, trial: TrialRecord, directory: str, fingerprint: str | None) -> None:
-        """Write that a trial runs."""
+    def start_trial(self, sweep_id: int, job_num: int, directory: str, fingerprint: str | None) -> TrialRecord:
+        """Write that a job runs its trial, and return that.
+
+        Raises:
+            StoreError: If the job has none.
+        """
+        table = tables.trials
+        where = (table.c.sweep_id == sweep_id, table.c.job_num == job_num)
         values = {"status": "running", "directory": directory, "fingerprint": fingerprint, "started_at": now()}
-        self._set_trial(trial, values)
+        with self._store.writing() as connection:
+            connection.execute(sa.update(table).where(*where).values(values))
+            row = connection.execute(sa.select(table).where(*where)).first()
+        if row is None:
+            raise StoreError(f"job {job_num} of sweep {sweep_id} is not in the journal")
+        return _trial(row)
 
     def end_trial(
         self,

@@ -75,9 +75,8 @@ class TrialTask:
         """Run the trial of this job; a failure is written to the journal and raised."""
         hydra = HydraConfig.get()
         journal = open_journal(self.store)
-        trial = journal.trial_of_job(self.sweep_id, int(hydra.job.num))
         mark = self._fingerprint(config)
-        journal.start_trial(trial, str(hydra.runtime.output_dir), mark)
+        trial = journal.start_trial(self.sweep_id, int(hydra.job.num), str(hydra.runtime.output_dir), mark)
         same = journal.by_fingerprint(mark, self.objectives) if mark is not None else None
         if same is not None and same.objectives is not None:
             source = f"trial {same.number} of sweep {same.sweep_id}"

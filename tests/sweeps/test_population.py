@@ -51,7 +51,7 @@ class Family:
             journal = Journal(store)
             candidate = Candidate(number, {}, "test", parent)
             journal.add_batch(self.sweep_id, number, number, [(candidate, [])], self.state)
-            journal.start_trial(journal.trial(self.sweep_id, number), str(folder), None)
+            journal.start_trial(self.sweep_id, journal.trial(self.sweep_id, number).job_num, str(folder), None)
         self._monkeypatch.setenv(TRIAL_VARIABLE, f"{self.sweep_id} {number} {self.path}")
         return trained(folder, **options)
 

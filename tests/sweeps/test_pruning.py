@@ -162,7 +162,7 @@ def _sweep_of(folder, monkeypatch, reports, statuses=None):
         ):
             for step, value in enumerate(values, 1):
                 journal.report(sweep, trial.number, step, value)
-            journal.start_trial(trial, str(folder), None)
+            journal.start_trial(sweep, trial.job_num, str(folder), None)
             if status == "done":
                 journal.end_trial(trial, [values[-1]])
 
