@@ -5,9 +5,9 @@ It runs on an ordinary processor and claims no quantum speed-up. What the words 
 - *superposition*: every decision is a vector of amplitudes over its values; their squares are the probabilities;
 - *observation*: a candidate is drawn from them;
 - *interference*: every trial rotates the amplitudes, towards its values if it was among the better ones, away from
-  them if it was among the worse (Han and Kim, IEEE Transactions on Evolutionary Computation 6(6), 2002, whose angle
-  depends on such a comparison, too; here a decision may have more than two values, and the rotation is in the plane of
-  the amplitudes and the trial's value); no amplitude vanishes (their gate H-epsilon, 2004);
+  those that the best has not if it was among the worse (Han and Kim, IEEE Transactions on Evolutionary Computation
+  6(6), 2002, whose angle depends on such a comparison, too; here a decision may have more than two values, and the
+  rotation is in the plane of the amplitudes and the trial's value); no amplitude vanishes (their gate H-epsilon, 2004);
 - *entanglement*: decisions are drawn one after the other, each leaning to what went well together with those drawn
   before it, by the pointwise mutual information within the better trials.
 """
@@ -156,11 +156,11 @@ class QuantumInspired(Searcher):
 
     def _neighbour(self, attempt: int) -> np.ndarray:
         """Return a genome that differs from a member of the front in one decision, or in several if those are known."""
-        low, high = self._scale()
+        low, span = self._scale()
         front = np.arange(len(self._front))
         if len(front) > _WEIGHED:
             front = self._rng.choice(front, size=_WEIGHED, replace=False)
-        units = (self._front_costs[front] - low) / (high - low)
+        units = (self._front_costs[front] - low) / span
         worth = contributions(units, np.full(units.shape[1], 1.1))
         # One in five is any of them: what is crowded, or far from the middle, has neighbours, too.
         chances = worth / max(worth.sum(), 1e-12) + 0.2 / len(front)
@@ -225,17 +225,17 @@ class QuantumInspired(Searcher):
         return True
 
     def _scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the least of every cost, and the median, which is above it."""
+        """Return the least of every cost, and how far above it the median is."""
         low = self._costs.min(0)
-        return low, np.maximum(np.median(self._costs, 0), low + 1e-12)
+        return low, np.maximum(np.median(self._costs, 0) - low, 1e-12)
 
     def _scores(self) -> np.ndarray:
         """Return what every success is worth to each register: the augmented Chebyshev norm, less being better.
 
         A row a register.
         """
-        low, high = self._scale()
-        weighted = self._weights.T[:, :, None] * ((self._costs - low) / (high - low)).T[:, None, :]
+        low, span = self._scale()
+        weighted = self._weights.T[:, :, None] * ((self._costs - low) / span).T[:, None, :]
         return weighted.max(0) + 0.05 * weighted.sum(0)
 
     def _learn(self, trial: Trial) -> None:

@@ -285,6 +285,15 @@ def test_what_is_kept_is_bounded(monkeypatch):
     assert restored.ask(5) == searcher.ask(5)
 
 
+@pytest.mark.filterwarnings("error")
+def test_large_costs_that_never_change_are_no_trouble():
+    searcher = QuantumInspired(mixed_space(), ["minimize", "maximize"], seed=0)
+    for _ in range(30):
+        (candidate,) = searcher.ask()
+        searcher.tell(candidate, [1e12, candidate.params["n"]])
+    assert len(searcher.trials) == 30 and searcher.best(1).params["n"] == 8
+
+
 def test_entanglement_draws_what_went_well_together():
     space = Space({"a": "x,y", "b": "x,y", "lr": "interval(0.0,1.0)"})
 
