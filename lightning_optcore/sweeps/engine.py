@@ -205,13 +205,17 @@ class Sweep:
         path = str(self._store_path())
         with Store(path) as store, store.held_open():
             self._journal = Journal(store)
-            record = self._resumed() or self._begun()
+            resumed = self._resumed()
+            record = resumed or self._begun()
             self._sweep_id = record.id
             self._directory = Path(record.directory)
             # A search goes on counting where one was before it in its folder; a plain run is numbered as Hydra does.
             fresh = self._plain_run and record.state is None
             self._next_job_num = 0 if fresh else self._journal.next_job_num(record.directory)
+            fresh_directory = Path(self._config.hydra.sweep.dir)
             self._pin_directory()
+            if resumed and fresh_directory.resolve() != self._directory:
+                _remove_if_empty(fresh_directory)
             unfinished = self._restore(record)
             self._save_config()
             launcher = self._launcher(path)
@@ -356,15 +360,12 @@ class Sweep:
 
     def _pin_directory(self) -> None:
         """Let every job of this process and of workers find its folder below the sweep's own."""
-        fresh = Path(self._config.hydra.sweep.dir)
         pinned = f"hydra.sweep.dir={self._directory}"
         with read_write(self._config), open_dict(self._config):
             given = _texts(self._config.hydra.overrides.hydra)
             others = [one for one in given if not one.startswith("hydra.sweep.dir=")]
             self._config.hydra.overrides.hydra = [*others, override_text(*pinned.split("=", 1))]
             self._config.hydra.sweep.dir = str(self._directory)
-        if fresh.resolve() != self._directory and fresh.is_dir() and not any(fresh.iterdir()):
-            fresh.rmdir()
 
     def _restore(self, record: SweepRecord) -> list[TrialRecord]:
         """Bring the searcher to where it was, and return what is to be launched again."""
@@ -435,6 +436,12 @@ class Sweep:
 
     def _report_command(self, store: str) -> str:
         return shlex.join(["optcore", "report", f"sweep={self._sweep_id}", override_text("store.path", store)])
+
+
+def _remove_if_empty(folder: Path) -> None:
+    # Hydra makes a folder for every start.
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def told_of(record: TrialRecord) -> Trial:

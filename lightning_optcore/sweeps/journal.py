@@ -97,7 +97,10 @@ class Journal:
         self._store = store
 
     def begin(self, command: str, directory: str, space: Mapping[str, Any], directions: Sequence[str]) -> int:
-        """Open a sweep of this process and return its number."""
+        """Open a sweep of this process and return its number.
+
+        Where another sweep runs in the same folder, the new one's gets its number behind the name.
+        """
         values = {
             "journal_version": JOURNAL_VERSION,
             "created_at": now(),
@@ -109,8 +112,15 @@ class Journal:
             **_this_process(),
         }
         with self._store.writing() as connection:
-            result = connection.execute(sa.insert(tables.sweeps).values(values))
-            return int(result.inserted_primary_key[0])  # type: ignore[index]
+            table = tables.sweeps
+            query = sa.select(table).where(table.c.directory == directory, table.c.status == "running")
+            shared = any(_sweep(row).owner_is_alive for row in connection.execute(query))
+            result = connection.execute(sa.insert(table).values(values))
+            sweep_id = int(result.inserted_primary_key[0])  # type: ignore[index]
+            if shared:
+                own = {"directory": f"{directory}_{sweep_id}"}
+                connection.execute(sa.update(table).where(table.c.id == sweep_id).values(own))
+            return sweep_id
 
     def unfinished(self, command: str) -> SweepRecord | None:
         """Return the newest sweep of a command that has not ended and whose owner is dead."""

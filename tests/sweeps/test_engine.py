@@ -290,3 +290,27 @@ def test_a_sweep_that_runs_is_not_taken_over_and_a_changed_space_is_refused(tmp_
     fewer = len(trials(tmp_path)) + 2
     sweep(tmp_path, *SPACE, f"hydra.sweeper.n_trials={fewer}", "hydra.sweeper.resume=1")
     assert [trial.status for trial in trials(tmp_path)] == ["done"] * fewer
+
+
+def test_two_sweeps_at_once_share_a_store_and_a_folder_without_harm(tmp_path):
+    options = [*SPACE, "sleep=0.2", "hydra.sweeper.n_trials=6", "hydra.sweep.dir=both"]
+    processes = [
+        subprocess.Popen(command(*options), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    found = [*trials(tmp_path, 1), *trials(tmp_path, 2)]
+    assert len(found) == 12 and all(trial.status == "done" for trial in found)
+    assert len({trial.directory for trial in found}) == 12
+
+
+def test_a_journal_of_another_version_is_refused(tmp_path):
+    sweep(tmp_path, "n=1,2")
+    with Store(tmp_path / "store.db") as store, store.writing() as connection:
+        connection.exec_driver_sql("UPDATE sweeps SET journal_version = 99, status = 'failed'")
+    refused = sweep(tmp_path, "n=1,2", "hydra.sweeper.resume=1", check=False)
+    assert refused.returncode != 0 and "its journal is of version 99, this lightning_optcore writes" in refused.stderr
