@@ -66,7 +66,7 @@ def served(folder: Path, *overrides: str):
     finally:
         server.send_signal(signal.SIGINT)
         try:
-            server.wait(10)
+            server.wait(60)
         finally:
             server.kill()
 
