@@ -95,7 +95,7 @@ ConfigStore.instance().store(
 def job(config: DictConfig) -> tuple[float, float]:
     """Note the time and return two objectives at once."""
     with Path(os.environ[_STARTS]).open("a") as file:
-        file.write(f"{time.monotonic()}\n")
+        file.write(f"{time.monotonic()} {time.process_time()}\n")
     return objectives_of(config)
 
 
@@ -111,17 +111,21 @@ def main() -> None:
     parser.add_argument("--behind", type=int, nargs="*", default=[1_000, 10_000], help="finished trials")
     parser.add_argument("--searchers", nargs="*", default=["random", "evolutionary", "quantum_inspired", "swarm"])
     options = parser.parse_args()
-    taken: dict[tuple[str, int], list[float]] = {}
-    hydras: list[float] = []
+    taken: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    hydras: list[tuple[float, float]] = []
     for turn in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            hydras.append(1000 * seconds_a_trial(Path(folder) / "hydra", [*PLAIN, f"number=range(0,{JOBS})"]))
+            hydras.append(milliseconds_a_trial(Path(folder) / "hydra", [*PLAIN, f"number=range(0,{JOBS})"]))
             for name in options.searchers:
                 for behind in options.behind:
-                    ours = 1000 * seconds_a_trial(*_continued(Path(folder) / f"{name}{behind}", name, behind))
+                    ours = milliseconds_a_trial(*_continued(Path(folder) / f"{name}{behind}", name, behind))
                     taken.setdefault((name, behind), []).append(ours)
-                    print(f"round {turn}: {name}, {behind} behind: {ours:.1f} ms, Hydra {hydras[-1]:.1f}", flush=True)
-    table = Table("", *(f"{behind:,} behind, ms" for behind in options.behind), title="a trial: mean (range)")
+                    print(
+                        f"round {turn}: {name}, {behind} behind: {_told([ours])}; Hydra {_told(hydras[-1:])}",
+                        flush=True,
+                    )
+    table = Table("", *(f"{behind:,} behind" for behind in options.behind))
+    table.title = "milliseconds a trial: mean (range) of the clock; of the processor"
     table.add_row("Hydra itself, no sweep behind", _told(hydras))
     for name in options.searchers:
         table.add_row(name, *(_told(taken[name, behind]) for behind in options.behind))
@@ -129,12 +133,13 @@ def main() -> None:
     print("versions:", ", ".join(f"{one} {version(one)}" for one in ("lightning-optcore", "hydra-core", "sqlalchemy")))
 
 
-def _told(milliseconds: list[float]) -> str:
-    return f"{statistics.fmean(milliseconds):.1f} ({min(milliseconds):.1f} to {max(milliseconds):.1f})"
+def _told(rounds: list[tuple[float, float]]) -> str:
+    clock, processor = zip(*rounds, strict=True)
+    return f"{statistics.fmean(clock):.1f} ({min(clock):.1f} to {max(clock):.1f}); {statistics.fmean(processor):.1f}"
 
 
-def seconds_a_trial(folder: Path, arguments: list[str]) -> float:
-    """Run a sweep in a process of its own and return the mean time from one job's start to the next one's."""
+def milliseconds_a_trial(folder: Path, arguments: list[str]) -> tuple[float, float]:
+    """Run a sweep in a process of its own and return the mean from one job's start to the next one's, of two clocks."""
     folder.mkdir(exist_ok=True)
     starts = folder / "starts"
     subprocess.run(
@@ -144,20 +149,18 @@ def seconds_a_trial(folder: Path, arguments: list[str]) -> float:
         stdout=subprocess.DEVNULL,
         check=True,
     )
-    times = [float(line) for line in starts.read_text().split()]
+    times = [tuple(map(float, line.split())) for line in starts.read_text().splitlines()]
     assert len(times) == JOBS, f"{len(times)} jobs ran"
-    return (times[-1] - times[0]) / (JOBS - 1)
+    clock, processor = (1000 * (last - first) / (JOBS - 1) for first, last in zip(times[0], times[-1], strict=True))
+    return clock, processor
 
 
 def _continued(folder: Path, searcher: str, behind: int) -> tuple[Path, list[str]]:
     """Write a sweep of so many finished trials into a store, and return how it is continued."""
     folder.mkdir()
     space = Space(read_template(PARAMS, []).space)
-    one = (
-        instantiate(SEARCHERS[searcher] | {"generations": 10_000}, space, DIRECTIONS, seed=0)
-        if (searcher == "evolutionary")
-        else instantiate(SEARCHERS[searcher], space, DIRECTIONS, seed=0)
-    )
+    more = {"generations": 10_000} if searcher == "evolutionary" else {}
+    one = instantiate(SEARCHERS[searcher] | more, space, DIRECTIONS, seed=0)
     with Store(folder / "store.db") as store:
         journal = Journal(store)
         sweep_id = journal.begin("", str(folder / "jobs"), space.to_dict(), DIRECTIONS)
@@ -186,7 +189,7 @@ def _continued(folder: Path, searcher: str, behind: int) -> tuple[Path, list[str
         f"hydra.sweeper.n_trials={behind + JOBS}",
         "hydra.sweeper.store=store.db",
         "hydra.sweeper.resume=1",
-        *(["hydra.sweeper.searcher.generations=10000"] if searcher == "evolutionary" else []),
+        *(f"hydra.sweeper.searcher.{name}={value}" for name, value in more.items()),
     ]
 
 
