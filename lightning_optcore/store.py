@@ -105,6 +105,8 @@ class Store:
 
     def __init__(self, target: str | Path) -> None:
         text = str(target)
+        # What it was opened with, for other processes to open it too.
+        self.target = text
         self._url = make_url(text) if "://" in text else URL.create("sqlite", database=text)
         self._name = self._url.database if self._is_sqlite else self._url.render_as_string()
         if self._is_sqlite and self._url.database:

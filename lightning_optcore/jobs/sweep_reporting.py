@@ -148,7 +148,8 @@ def _costs(sweep: SweepRecord, done: Sequence[TrialRecord]) -> np.ndarray:
 
 
 def _front(sweep: SweepRecord, records: Sequence[TrialRecord]) -> set[int]:
-    done = [record for record in records if record.objectives]
+    # What is done and has a failure exceeds a limit.
+    done = [record for record in records if record.objectives and not record.failure]
     mask = non_dominated(_costs(sweep, done))
     return {record.number for record, best in zip(done, mask, strict=True) if best}
 

@@ -247,7 +247,7 @@ def _combinations(label: str, mutable: Any) -> list[list[Any]]:
     found = itertools.chain.from_iterable(itertools.combinations(values, size) for size in sizes)
     listed = [list(one) for one in itertools.islice(found, _COMBINATIONS + 1)]
     if len(listed) > _COMBINATIONS:
-        raise ArchitectureError(f"{label}: {chosen or 'any number'} of {len(values)} are over {_COMBINATIONS:,} choices")
+        raise ArchitectureError(f"{label}: {chosen or 'any number'} of {len(values)}: over {_COMBINATIONS:,} choices")
     return listed
 
 

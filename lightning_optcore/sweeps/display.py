@@ -94,7 +94,8 @@ def sweep_table(
 
 def _front(records: Sequence[TrialRecord], directions: Sequence[Direction]) -> dict[int, float]:
     """Return the first cost of every trial of the front, by its number."""
-    done = [record for record in records if record.objectives]
+    # What is done and has a failure exceeds a limit.
+    done = [record for record in records if record.objectives and not record.failure]
     if not done:
         return {}
     signs = np.array([1.0 if direction == "minimize" else -1.0 for direction in directions])

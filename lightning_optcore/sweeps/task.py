@@ -84,14 +84,14 @@ class TrialTask:
             journal.end_trial(trial, same.objectives, cached_from=source)
             return same.objectives[0] if self.objectives == 1 else tuple(same.objectives)
         try:
-            with _named_trial(self.sweep_id, trial.number, self.store), _time_limit(self.timeout_s):
+            with named_trial(self.sweep_id, trial.number, self.store), _time_limit(self.timeout_s):
                 result = _returned(self.task, config)
         except TrialPrunedError as error:
             log.info("trial %d: pruned %s", trial.number, error)
             journal.end_trial(trial, None, failure=f"pruned {error}", status="pruned")
             raise
         except Exception as error:
-            journal.end_trial(trial, None, failure=_described(error))
+            journal.end_trial(trial, None, failure=described(error))
             raise
         values, failure = objectives_of(result, self.objectives, optional=self.optional)
         if failure is None and self.continued and not (Path(hydra.runtime.output_dir) / MEMBER_CHECKPOINT).exists():
@@ -160,12 +160,22 @@ def _returned(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:
 
 
 @contextmanager
-def _named_trial(sweep_id: int, number: int, store: str) -> Iterator[None]:
+def named_trial(sweep_id: int, number: int, store: str) -> Iterator[None]:
+    """Let whoever runs within the block know which trial it is; see :func:`current_trial`."""
     os.environ[TRIAL_VARIABLE] = f"{sweep_id} {number} {store}"
     try:
         yield
     finally:
         del os.environ[TRIAL_VARIABLE]
+
+
+def current_trial() -> tuple[int, int, str] | None:
+    """Return the sweep's number, the trial's number and the store of the trial that runs here, if one does."""
+    named = os.environ.get(TRIAL_VARIABLE)
+    if named is None:
+        return None
+    sweep_id, number, store = named.split(" ", 2)
+    return int(sweep_id), int(number), store
 
 
 @contextmanager
@@ -190,7 +200,7 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _described(error: BaseException) -> str:
+def described(error: BaseException) -> str:
     """Return the error in its first line, and below it where it came from."""
     lines = " ".join(str(error).split())
     where = "".join(traceback.format_exception(error))

@@ -108,7 +108,7 @@ def test_a_factory_is_searched_by_its_arguments():
     # Depth 1 mutes the second width: 1 of it, and 2 * 2 of depth 2.
     assert space.choices.size == 5
     assert len(space.build({"depth": 2, "width": 8, "second": 4})) == 2
-    with pytest.raises(ArchitectureError, match="second: superfluous in .*second is there if depth > 1"):
+    with pytest.raises(ArchitectureError, match=r"second: superfluous in .*second is there if depth > 1"):
         space.build({"depth": 1, "width": 4, "second": 4})
     with pytest.raises(ArchitectureError, match=r"second: missing .*one of 4, 8"):
         space.build({"depth": 2, "width": 4})
@@ -121,7 +121,7 @@ def test_choices_alone_build_nothing():
             space.build({"a": 1})
     with pytest.raises(ArchitectureError, match="factory_space"):
         architecture_space(nn.Linear(1, 1))
-    with pytest.raises(ArchitectureError, match="a: .* no JSON value"):
+    with pytest.raises(ArchitectureError, match=r"a: .* no JSON value"):
         architecture_space({"a": [nn.ReLU]})
 
 
