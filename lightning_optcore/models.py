@@ -138,6 +138,29 @@ class MLP(_Classifier):
         return self.net(images)
 
 
+class Classifier(_Classifier):
+    """Any network that returns logits, trained as the classifiers here are.
+
+    Args:
+        network: Takes images, returns logits (batch, classes).
+        num_classes: Number of classes.
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+
+    Example:
+        >>> Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))(torch.randn(3, 1, 8, 8)).shape
+        torch.Size([3, 10])
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int = 10, lr: float = 2e-3, weight_decay: float = 1e-2) -> None:
+        super().__init__(num_classes, lr, weight_decay)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (batch, classes) of images (batch, channels, height, width)."""
+        return self.network(images)
+
+
 def _check_size(width: int, depth: int) -> None:
     if width < 1 or depth < 1:
         raise ValueError(f"model.width={width}, model.depth={depth}: expected at least 1 each")

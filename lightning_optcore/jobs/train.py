@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,8 @@ from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.recording import RunRecorder, recorded_run
 from lightning_optcore.jobs.reporting import report_of
 from lightning_optcore.measurement.comparison import compare, summary_table
-from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
+from lightning_optcore.measurement.fitted import measured_fit
 from lightning_optcore.measurement.measurement import Measurement
-from lightning_optcore.measurement.quality import validate
-from lightning_optcore.measurement.yardstick import measure
-
-log = logging.getLogger(__name__)
 
 
 def run(config: DictConfig) -> float | tuple[float, ...] | None:
@@ -59,7 +54,7 @@ def run(config: DictConfig) -> float | tuple[float, ...] | None:
             trainer.test(model, datamodule=data, verbose=False)
             quality.update(_floats(trainer.callback_metrics))
 
-        measurements = _measurements(callbacks) or _measured(config, model, data, quality)
+        measurements = measured_fit(model, data, callbacks, quality, **_plain(config.measure))
         for role, measurement in measurements.items():
             recording.measurement(role, measurement)
         _check_callbacks(callbacks)
@@ -85,30 +80,9 @@ def _has_test(model: LightningModule, data: LightningDataModule) -> bool:
     return overridden and type(data).test_dataloader is not LightningDataModule.test_dataloader
 
 
-def _measurements(callbacks: list[Callback]) -> dict[str, Measurement]:
-    """Return before and after of the techniques: the first one's original, the last one's artifact."""
-    done = [callback for callback in callbacks if getattr(callback, "after", None) is not None]
-    return {"before": done[0].before, "after": done[-1].after} if done else {}  # type: ignore[attr-defined]
-
-
 def _artifacts(callbacks: list[Callback]) -> list[Any]:
     made = (getattr(callback, "artifact", None) for callback in callbacks)
     return [artifact for artifact in made if artifact is not None]
-
-
-def _measured(
-    config: DictConfig, model: LightningModule, data: LightningDataModule, quality: dict[str, float]
-) -> dict[str, Measurement]:
-    """Measure the trained model where no technique did."""
-    with ForwardRecorder(model) as recorder:
-        validate(model, datamodule=data, limit_batches=1)
-    name = recorder.target()
-    if name is None:
-        log.warning("nothing to measure: validation_step calls no module with parameters")
-        return {}
-    options = OmegaConf.to_container(config.measure, resolve=True)
-    target = submodule(model, name).to("cpu")
-    return {"before": measure(target, recorder.inputs[name][0], quality=quality, **options)}  # type: ignore[arg-type]
 
 
 def _check_callbacks(callbacks: list[Callback]) -> None:

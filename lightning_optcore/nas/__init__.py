@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_optcore.nas import spaces
+    from lightning_optcore.nas.evaluator import LightningEvaluator
     from lightning_optcore.nas.loop import search
     from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
     from lightning_optcore.nas.space import ArchitectureError, ArchitectureSpace, architecture_space, factory_space
@@ -18,6 +20,7 @@ _HOME_OF = {
     "ArchitectureError": "space",
     "ArchitectureSpace": "space",
     "ArchitectureTrial": "result",
+    "LightningEvaluator": "evaluator",
     "RegularizedEvolution": "strategies",
     "SearchResult": "result",
     "architecture_space": "space",
@@ -30,18 +33,21 @@ __all__ = [
     "ArchitectureError",
     "ArchitectureSpace",
     "ArchitectureTrial",
+    "LightningEvaluator",
     "RegularizedEvolution",
     "SearchResult",
     "architecture_space",
     "factory_space",
     "nsga2",
     "search",
+    "spaces",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in __all__:
         raise AttributeError(f"module 'lightning_optcore.nas' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"lightning_optcore.nas.{_HOME_OF[name]}"), name)
+    module = importlib.import_module(f"lightning_optcore.nas.{_HOME_OF.get(name, name)}")
+    value = module if name == "spaces" else getattr(module, name)
     globals()[name] = value
     return value

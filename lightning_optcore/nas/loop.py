@@ -83,8 +83,8 @@ def search(
         max_trials: How many architectures are evaluated. Those that are not (see ``constraints``) are not counted.
         constraints: Limits, ``{"latency_ms": 2.0}``: at most so much, at least so much where more is better. One of
             what ``estimate`` returns is checked before, and a candidate over it is never evaluated; any other is
-            checked with what ``evaluate`` returned. Or a function of an architecture that returns what it exceeds before it
-            is evaluated, ``{"latency_ms": (value, limit)}``.
+            checked with what ``evaluate`` returned. Or a function of an architecture that returns what it exceeds
+            before it is evaluated, ``{"latency_ms": (value, limit)}``.
         seed: Makes the candidates repeatable.
         store: Path or URL of the store; ``None`` keeps nothing.
         n_jobs: How many architectures are evaluated at once, each in a process of its own if more than one.

@@ -6,6 +6,7 @@ journal, written to a file and built again is one and the same.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,7 +196,14 @@ class _Frozen:
         }
 
     def __call__(self, architecture: Mapping[str, Any]) -> Any:
-        return self._space.freeze(self.sample(architecture))
+        from lightning_optcore.nas._nni_compat import nni_nas
+
+        nas, sample = nni_nas(), self.sample(architecture)
+        # What is frozen shares its fixed layers, and their weights, with the space and so with every other network.
+        if type(self._space).freeze is not nas.nn.ModelSpace.freeze:
+            return copy.deepcopy(self._space.freeze(sample))
+        with nas.space.model_context(sample):
+            return type(self._space)(*self._space.trace_args, **self._space.trace_kwargs)
 
 
 class _Constraint:

@@ -52,6 +52,29 @@ def test_a_model_space_becomes_choices_of_json_values(model_space):
         assert network(torch.randn(2, 1, 8, 8)).shape == (2, 2)
 
 
+def test_networks_share_no_weights_with_each_other(nas):
+    class Net(nas.nn.ModelSpace):
+        def __init__(self, features):
+            super().__init__()
+            self.fixed = nn.Linear(features, 4)
+            self.op = nas.nn.LayerChoice([nn.ReLU(), nn.Tanh()], label="op")
+
+        def forward(self, x):
+            return self.op(self.fixed(x))
+
+    class Own(Net):
+        def freeze(self, sample):
+            return super().freeze(sample)
+
+    for kind in (Net, Own):
+        space = architecture_space(kind(features=3))
+        one, two = space.build({"op": 0}), space.build({"op": 1})
+        with torch.no_grad():
+            one.fixed.weight.zero_()
+        assert two.fixed.weight.abs().sum() > 0
+        assert space.build({"op": 0}).fixed.weight.abs().sum() > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

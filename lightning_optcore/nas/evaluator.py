@@ -1,0 +1,164 @@
+"""The evaluation that trains: each architecture with a Trainer of its own, then on the yardstick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from torch import nn
+
+from lightning_optcore.fingerprints import hardware_fingerprint
+from lightning_optcore.measurement.fitted import measured_fit
+from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
+from lightning_optcore.measurement.quality import validate
+from lightning_optcore.measurement.yardstick import static_costs
+from lightning_optcore.nas.space import Architecture, architecture_space
+from lightning_optcore.store import Store
+from lightning_optcore.sweeps.journal import open_journal
+from lightning_optcore.sweeps.task import current_trial
+
+
+class EvaluationError(RuntimeError):
+    """A trial that ran to its end and is worth nothing; the message says why."""
+
+
+class LightningEvaluator:
+    """Trains the network of an architecture and returns its metrics and what the yardstick measures.
+
+    Within a search each trial leaves a run in the store, and its files in the trial's folder. With several processes
+    at once it has to be picklable, and the latencies are those of a busy machine.
+
+    Args:
+        space: What the architectures are of.
+        module: Returns a LightningModule from a network, e.g. its class.
+        data: Returns a LightningDataModule, e.g. its class; it is made anew for every trial.
+        trainer: Returns a ``lightning.pytorch`` Trainer; it gets ``callbacks`` and ``default_root_dir``.
+        callbacks: Returns the callbacks of one trial. Those that make an artifact work: it is what is measured.
+        seed: Of the weights and the data's order, the same for every trial.
+        test: Whether to run the module's test as well.
+        measure: Options of :func:`lightning_optcore.measure`: batch sizes, threads, rounds.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_optcore.data import Digits
+        >>> from lightning_optcore.models import Classifier
+        >>> from lightning_optcore.nas import spaces
+        >>> trainer = partial(Trainer, max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        ...                   enable_progress_bar=False, enable_model_summary=False)
+        >>> evaluator = LightningEvaluator(spaces.mlp(), Classifier, Digits, trainer=trainer)
+        >>> evaluator.estimate({"depth": 1, "width_1": 32, "activation": "relu"})["params"]
+        2410.0
+    """
+
+    def __init__(
+        self,
+        space: Any,
+        module: Callable[[nn.Module], LightningModule],
+        data: Callable[[], LightningDataModule],
+        *,
+        trainer: Callable[..., Trainer] = Trainer,
+        callbacks: Callable[[], Sequence[Callback]] = tuple,
+        seed: int = 0,
+        test: bool = False,
+        measure: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.space = architecture_space(space)
+        self._module = module
+        self._data = data
+        self._trainer = trainer
+        self._callbacks = callbacks
+        self._seed = seed
+        self._test = test
+        self._measure = dict(measure or {})
+        self._called: tuple[str, Any] | None = None
+        self._compresses: bool | None = None
+
+    def __call__(self, architecture: Architecture) -> dict[str, float]:
+        """Train and measure.
+
+        Raises:
+            EvaluationError: If a loss is no finite number, or a technique that was asked for made no artifact.
+        """
+        trial = current_trial()
+        directory = _directory(trial)
+        seed_everything(self._seed, workers=True, verbose=False)
+        data = self._data()
+        model = self._module(self.space.build(architecture))
+        callbacks = list(self._callbacks())
+        root = {"default_root_dir": str(directory)} if directory is not None else {}
+        trainer = self._trainer(callbacks=callbacks, **root)
+        trainer.fit(model, datamodule=data)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        quality = _floats(trainer.callback_metrics)
+        if self._test:
+            trainer.test(model, datamodule=data, verbose=False)
+            quality.update(_floats(trainer.callback_metrics))
+        bad = [f"{name} is {value}" for name, value in quality.items() if "loss" in name and not math.isfinite(value)]
+        if bad:
+            raise EvaluationError("; ".join(bad))
+        measurements = measured_fit(model, data, callbacks, quality, **self._measure)
+        for callback in callbacks:
+            if getattr(callback, "error", None) is not None:
+                raise EvaluationError(callback.error)  # type: ignore[attr-defined]
+        if trial is not None:
+            self._record(trial, architecture, measurements, directory)
+        last = next(reversed(measurements.values())).scalars() if measurements else {}
+        return {**quality, **last}
+
+    def estimate(self, architecture: Architecture) -> dict[str, float]:
+        """Return what is known of a network before it is trained: params, bytes, and FLOPs of one sample.
+
+        Nothing is, where a callback prunes or quantizes it.
+        """
+        if self._compresses is None:
+            self._compresses = any(_changes_networks(callback) for callback in self._callbacks())
+        if self._compresses:
+            return {}
+        model = self._module(self.space.build(architecture))
+        if self._called is None:
+            # What validation calls, and with what, is the same for every network.
+            with ForwardRecorder(model) as recorder:
+                validate(model, datamodule=self._data(), limit_batches=1)
+            name = recorder.target()
+            if name is None:
+                raise EvaluationError("validation_step calls no module with parameters")
+            self._called = (name, recorder.inputs[name][0])
+        name, inputs = self._called
+        return static_costs(submodule(model, name).to("cpu"), inputs)
+
+    def _record(
+        self, trial: tuple[int, int, str], architecture: Architecture, measurements: Mapping[str, Any], directory: Any
+    ) -> None:
+        sweep_id, number, target = trial
+        with Store(target) as store:
+            run_id = store.start(
+                "nas",
+                config={"architecture": architecture, "sweep": sweep_id, "trial": number},
+                hardware_fingerprint=hardware_fingerprint(),
+                seed=self._seed,
+                directory=None if directory is None else str(directory),
+            )
+            for role, measurement in measurements.items():
+                store.add_measurement(run_id, role, measurement)
+            store.finish(run_id)
+
+
+def _changes_networks(callback: Callback) -> bool:
+    """Whether a callback makes another network of the one that is trained, whose costs are only known after it."""
+    return any(kind.__module__.startswith("lightning_optcore.compression.") for kind in type(callback).__mro__)
+
+
+def _directory(trial: tuple[int, int, str] | None) -> Path | None:
+    if trial is None:
+        return None
+    sweep_id, number, store = trial
+    found = open_journal(store).trial(sweep_id, number).directory
+    return Path(found) if found else None
+
+
+def _floats(metrics: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
