@@ -9,8 +9,12 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_optcore.compression.artifact import ArtifactError
 from lightning_optcore.compression.export import ExportError
 from lightning_optcore.data import DataError
+from lightning_optcore.nas._nni_compat import NNIError
 from lightning_optcore.recipe import RecipeError
+from lightning_optcore.search.searcher import SearchError
+from lightning_optcore.search.space import SpaceError
 from lightning_optcore.store import StoreError
+from lightning_optcore.sweeps.journal import SweepError
 
 
 class ConfigurationError(ValueError):
@@ -24,9 +28,13 @@ _MENDABLE = (
     ExportError,
     HydraException,
     MisconfigurationException,
+    NNIError,
     OmegaConfBaseException,
     RecipeError,
+    SearchError,
+    SpaceError,
     StoreError,
+    SweepError,
 )
 
 

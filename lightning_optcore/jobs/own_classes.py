@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-_GROUPS = ("model", "data")
+_GROUPS = ("model", "data", "nas.space", "nas.module", "model.space", "model.module")
 
 
 def with_own_defaults(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -30,7 +30,9 @@ def with_own_defaults(config: DictConfig, overrides: Sequence[str]) -> DictConfi
     for group in _GROUPS:
         if f"{group}._target_" not in named:
             continue
-        own = {key.split(".")[1] for key in named if key.startswith(f"{group}.")}
-        kept = {key: value for key, value in config[group].items_ex(resolve=False) if key in own}
+        own = {key.removeprefix(f"{group}.").split(".")[0] for key in named if key.startswith(f"{group}.")}
+        node = OmegaConf.select(config, group)
+        # Whether it is a partial belongs to the place, not to the class.
+        kept = {key: value for key, value in node.items_ex(resolve=False) if key in own or key == "_partial_"}
         OmegaConf.update(result, group, kept, merge=False)
     return result

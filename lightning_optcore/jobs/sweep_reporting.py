@@ -70,7 +70,9 @@ def sweep_page(journal: Journal, sweep_id: int) -> SweepPage:
     program = str(OmegaConf.select(config, "hydra.help.app_name", default=""))
     program = program if program.startswith("optcore ") else ""
     best = _front(sweep, records)
-    trials = [_trial(record, record.number in best, program) for record in records]
+    # A search trains its points again by another job than its own.
+    trial_program = str(OmegaConf.select(config, "trial_program", default=program))
+    trials = [_trial(record, record.number in best, trial_program) for record in records]
     parameters = _parameters(sweep, records)
     done = sorted((record for record in records if record.objectives), key=lambda one: (one.finished_at, one.number))
     costs = _costs(sweep, done)

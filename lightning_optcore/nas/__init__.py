@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_optcore.nas.evaluator import LightningEvaluator
     from lightning_optcore.nas.loop import search
     from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
+    from lightning_optcore.nas.retraining import load_architecture, retrain, save_architecture
     from lightning_optcore.nas.space import ArchitectureError, ArchitectureSpace, architecture_space, factory_space
     from lightning_optcore.nas.strategies import RegularizedEvolution, nsga2
 
@@ -25,7 +26,10 @@ _HOME_OF = {
     "SearchResult": "result",
     "architecture_space": "space",
     "factory_space": "space",
+    "load_architecture": "retraining",
     "nsga2": "strategies",
+    "retrain": "retraining",
+    "save_architecture": "retraining",
     "search": "loop",
 }
 
@@ -38,7 +42,10 @@ __all__ = [
     "SearchResult",
     "architecture_space",
     "factory_space",
+    "load_architecture",
     "nsga2",
+    "retrain",
+    "save_architecture",
     "search",
     "spaces",
 ]

@@ -82,8 +82,7 @@ class LightningEvaluator:
         Raises:
             EvaluationError: If a loss is no finite number, or a technique that was asked for made no artifact.
         """
-        trial = current_trial()
-        directory = _directory(trial)
+        trial, directory = current_trial(), trial_directory()
         seed_everything(self._seed, workers=True, verbose=False)
         data = self._data()
         model = self._module(self.space.build(architecture))
@@ -152,7 +151,9 @@ def _changes_networks(callback: Callback) -> bool:
     return any(kind.__module__.startswith("lightning_optcore.compression.") for kind in type(callback).__mro__)
 
 
-def _directory(trial: tuple[int, int, str] | None) -> Path | None:
+def trial_directory() -> Path | None:
+    """Return the folder of the trial that runs here, if one does."""
+    trial = current_trial()
     if trial is None:
         return None
     sweep_id, number, store = trial

@@ -475,7 +475,8 @@ def _run_trial(
 ) -> None:
     """Evaluate one architecture, in whatever process, and write its result to the journal."""
     journal = open_journal(store)
-    journal.start_trial(record, directory, None)
+    assert record.job_num is not None
+    journal.start_trial(record.sweep_id, record.job_num, directory, None)
     try:
         with named_trial(record.sweep_id, record.number, store):
             metrics = dict(_evaluated(evaluate, dict(record.candidate.params)))

@@ -1,0 +1,252 @@
+"""``optcore nas``: the story of an architecture search."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lightning_optcore.files import write_atomically
+from lightning_optcore.jobs.building import instantiate_all, trainer_of
+from lightning_optcore.jobs.checks import check, instance_of
+from lightning_optcore.jobs.errors import ConfigurationError
+from lightning_optcore.jobs.logs import quieten_lightning
+from lightning_optcore.jobs.objective import parse_objective
+from lightning_optcore.jobs.own_classes import with_own_defaults
+from lightning_optcore.jobs.sweep_reporting import write_own_report
+from lightning_optcore.nas.evaluator import LightningEvaluator, trial_directory
+from lightning_optcore.nas.loop import search
+from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
+from lightning_optcore.nas.retraining import configured_space, save_architecture
+from lightning_optcore.nas.space import Architecture
+from lightning_optcore.search.grammar import override_text
+from lightning_optcore.search.searcher import Candidate
+
+log = logging.getLogger(__name__)
+
+# The command that trains a point again.
+_PROGRAM = "optcore train"
+_SHOWN = 10
+# What a search has and a training has not, or not in the same sense.
+_NOT_CARRIED = ("objective", "job", "experiment", "nas")
+
+
+def run(config: DictConfig) -> None:
+    """Search; write the front, each point with the command that trains it again; report."""
+    quieten_lightning()
+    hydra = HydraConfig.get()
+    config = with_own_defaults(config, hydra.overrides.task)
+    check(config)
+    objective = parse_objective(config.objective)
+    if not objective:
+        raise ConfigurationError("objective=null: name what is searched for, e.g. objective=[val/acc,latency_ms]")
+    if config.store.path is None:
+        raise ConfigurationError("store.path=null: a search needs a store, e.g. store.path=outputs/optcore.db")
+    output_dir = Path(hydra.runtime.output_dir)
+    space = configured_space(config.nas.space)
+    evaluator = ConfiguredEvaluator(_plain(config), str(output_dir))
+    carried = retraining_overrides(list(hydra.overrides.task), dict(hydra.runtime.choices))
+
+    def describe(directory: Path, candidate: Candidate) -> list[str]:
+        path = save_architecture(directory / "architectures" / f"{candidate.id}.json", candidate.params)
+        return _overrides(path, carried)
+
+    def begun(sweep_id: int, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Where the report of sweeps looks for names and commands.
+        content = {
+            "objective": dict(objective),
+            "trial_program": _PROGRAM,
+            "hydra": {"help": {"app_name": "optcore nas"}},
+            "config": _plain(config),
+        }
+        write_atomically(directory / "multirun.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
+        log.info("search %d in %s", sweep_id, directory)
+
+    found = search(
+        space,
+        evaluator,
+        objectives=objective,
+        strategy=instantiate(config.nas.strategy, _partial_=True, _convert_="all"),
+        max_trials=config.nas.max_trials,
+        constraints=_plain(config.nas.constraints),
+        seed=config.seed or 0,
+        store=config.store.path,
+        n_jobs=config.nas.n_jobs,
+        resume=config.nas.resume,
+        initial=_plain(config.nas.initial) or (),
+        directory=output_dir,
+        command=_command(list(hydra.overrides.task), str(hydra.job.config_name)),
+        describe=describe,
+        on_begin=begun,
+        show=True,
+        known_costs=_known_costs(evaluator, list(objective)),
+    )
+    commands = _write_front(found, space.to_dict(), carried)
+    report = write_own_report(_target(config.store.path), found.sweep_id, "done") if config.report.enabled else None
+    _summarise(found, commands, report)
+
+
+class ConfiguredEvaluator:
+    """Evaluates as the configuration says; each process makes what it needs of it.
+
+    Args:
+        config: The resolved configuration.
+        output_dir: Folder of the run, in whose place each trial has its own.
+    """
+
+    def __init__(self, config: dict[str, Any], output_dir: str) -> None:
+        self._config = config
+        self._output_dir = output_dir
+        self._evaluator: LightningEvaluator | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_evaluator": None}
+
+    def __call__(self, architecture: Architecture) -> dict[str, float]:
+        """Train and measure."""
+        return self._made()(architecture)
+
+    def estimate(self, architecture: Architecture) -> dict[str, float]:
+        """Return what is known before a training."""
+        return self._made().estimate(architecture)
+
+    def _made(self) -> LightningEvaluator:
+        if self._evaluator is None:
+            quieten_lightning()
+            # Each trial would say that it has no GPU.
+            logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+            config = self._config
+            self._evaluator = LightningEvaluator(
+                configured_space(config["nas"]["space"]),
+                instantiate(config["nas"]["module"], _partial_=True),
+                self._data,
+                trainer=self._trainer,
+                callbacks=lambda: instantiate_all(self._placed().callbacks),
+                seed=config["seed"] or 0,
+                test=config["test"],
+                measure=config["measure"],
+            )
+        return self._evaluator
+
+    def _data(self) -> LightningDataModule:
+        return instance_of(LightningDataModule, "data", instantiate(self._config["data"]))
+
+    def _trainer(self, callbacks: Sequence[Callback], **_: Any) -> Trainer:
+        config = self._placed()
+        # The table of trials stands where the bar would be.
+        shown = config.trainer.get("enable_progress_bar") is not None
+        return trainer_of(config, list(callbacks), **({} if shown else {"enable_progress_bar": False}))
+
+    def _placed(self) -> DictConfig:
+        """Return the configuration with the trial's folder in the place of the run's."""
+        return OmegaConf.create(_moved(self._config, self._output_dir, str(trial_directory() or self._output_dir)))
+
+
+def retraining_overrides(overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
+    """Return the overrides of ``optcore train`` that train a point again, without the point itself.
+
+    Args:
+        overrides: The command line of ``optcore nas``.
+        choices: The chosen option of every group.
+
+    Example:
+        >>> retraining_overrides(["nas/space=mlp", "nas.space.depth=2", "data.batch_size=32", "nas.max_trials=9"],
+        ...                      {"nas/space": "mlp", "nas/module": "classifier"})
+        ['nas/space@model.space=mlp', 'nas/module@model.module=classifier', 'model.space.depth=2', 'data.batch_size=32']
+    """
+    carried = [f"nas/{part}@model.{part}={choices[f'nas/{part}']}" for part in ("space", "module")]
+    for text in overrides:
+        key = text.partition("=")[0]
+        sign = key[: len(key) - len(key.lstrip("+~"))]
+        name = key.lstrip("+~")
+        if name.startswith(("nas.space.", "nas.module.")):
+            carried.append(f"{sign}model.{text[len(sign) + len('nas.') :]}")
+        elif not name.startswith(("nas.", "nas/")) and name.partition(".")[0] not in _NOT_CARRIED:
+            carried.append(text)
+    return carried
+
+
+def _write_front(found: SearchResult, space: Mapping[str, Any], carried: Sequence[str]) -> dict[int, str]:
+    """Write the front as files, and return the command of each."""
+    folder = Path(found.directory) / "front"
+    for old in folder.glob("trial-*.json"):
+        old.unlink()
+    commands = {}
+    for trial in found.front:
+        path = folder / f"trial-{trial.number}.json"
+        commands[trial.number] = f"{_PROGRAM} {shlex.join(_overrides(path, carried))}"
+        save_architecture(
+            path,
+            trial.architecture,
+            objectives=trial.objectives,
+            search=found.sweep_id,
+            trial=trial.number,
+            space=space,
+            command=commands[trial.number],
+        )
+    return commands
+
+
+def _overrides(path: Path, carried: Sequence[str]) -> list[str]:
+    return ["model=architecture", override_text("model.path", str(path)), *carried]
+
+
+def _known_costs(evaluator: ConfiguredEvaluator, names: list[str]) -> Callable[[Architecture], dict[int, float]]:
+    """Return what tells a strategy the objectives that are known before a training, by their number."""
+
+    def known(architecture: Architecture) -> dict[int, float]:
+        costs = evaluator.estimate(architecture)
+        return {i: costs[name] for i, name in enumerate(names) if name in costs}
+
+    return known
+
+
+def _command(overrides: list[str], config_name: str) -> str:
+    """Return what identifies the command line, but for the request to resume."""
+    kept = [one for one in overrides if not one.lstrip("+").startswith("nas.resume")]
+    return json.dumps(["nas", config_name, kept])
+
+
+def _summarise(found: SearchResult, commands: Mapping[int, str], report: Path | None) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    for trial in found.front[:_SHOWN]:
+        console.print(_line(trial), soft_wrap=True, highlight=False, markup=False)
+        console.print(f"  {commands[trial.number]}", soft_wrap=True, highlight=False, markup=False)
+    if len(found.front) > _SHOWN:
+        console.print(f"and {len(found.front) - _SHOWN} more in {found.directory}/front", soft_wrap=True, markup=False)
+    for name, place in {"front": Path(found.directory) / "front", "report": report}.items():
+        if place is not None:
+            console.print(f"{name:>9}  {place}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _line(trial: ArchitectureTrial) -> str:
+    values = ", ".join(f"{name} {value:.5g}" for name, value in trial.objectives.items())
+    return f"trial {trial.number}: {values}"
+
+
+def _moved(node: Any, old: str, new: str) -> Any:
+    """Return plain data with one folder in the place of another in all texts."""
+    if isinstance(node, dict):
+        return {key: _moved(value, old, new) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_moved(value, old, new) for value in node]
+    return node.replace(old, new) if isinstance(node, str) else node
+
+
+def _target(path: str) -> str:
+    return path if "://" in path else str(Path(path).resolve())
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
