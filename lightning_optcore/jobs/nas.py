@@ -24,7 +24,7 @@ from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.objective import parse_objective
 from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.sweep_reporting import write_own_report
-from lightning_optcore.nas.evaluator import LightningEvaluator, trial_directory
+from lightning_optcore.nas.evaluator import COSTS, LightningEvaluator, trial_directory
 from lightning_optcore.nas.loop import search
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.retraining import configured_space, save_architecture
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 # The command that trains a point again.
 _PROGRAM = "optcore train"
 _SHOWN = 10
+_OBJECTIVE = ["val/acc", "latency_ms", "size_bytes"]
+_UNBUILT = 1e15
 # What a search has and a training has not, or not in the same sense.
 _NOT_CARRIED = ("objective", "job", "experiment", "nas")
 
@@ -47,9 +49,7 @@ def run(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     config = with_own_defaults(config, hydra.overrides.task)
     check(config)
-    objective = parse_objective(config.objective)
-    if not objective:
-        raise ConfigurationError("objective=null: name what is searched for, e.g. objective=[val/acc,latency_ms]")
+    objective = parse_objective(config.objective) or parse_objective(_OBJECTIVE)
     if config.store.path is None:
         raise ConfigurationError("store.path=null: a search needs a store, e.g. store.path=outputs/optcore.db")
     output_dir = Path(hydra.runtime.output_dir)
@@ -93,7 +93,7 @@ def run(config: DictConfig) -> None:
         known_costs=_known_costs(evaluator, list(objective)),
     )
     commands = _write_front(found, space.to_dict(), carried)
-    report = write_own_report(_target(config.store.path), found.sweep_id, "done") if config.report.enabled else None
+    report = _report(_target(config.store.path), found.sweep_id) if config.report.enabled else None
     _summarise(found, commands, report)
 
 
@@ -202,11 +202,26 @@ def _overrides(path: Path, carried: Sequence[str]) -> list[str]:
     return ["model=architecture", override_text("model.path", str(path)), *carried]
 
 
+def _report(store: str, sweep_id: int) -> Path | None:
+    try:
+        return write_own_report(store, sweep_id, "done")
+    except Exception as error:
+        # What was found is written already, and the page can be made later.
+        again = shlex.join(["optcore", "report", f"sweep={sweep_id}", override_text("store.path", store)])
+        log.warning("no report of the search: %s: %s; make it by: %s", type(error).__name__, error, again)
+        return None
+
+
 def _known_costs(evaluator: ConfiguredEvaluator, names: list[str]) -> Callable[[Architecture], dict[int, float]]:
     """Return what tells a strategy the objectives that are known before a training, by their number."""
 
     def known(architecture: Architecture) -> dict[int, float]:
-        costs = evaluator.estimate(architecture)
+        try:
+            costs = evaluator.estimate(architecture)
+        except Exception as error:
+            log.debug("no estimate of %s: %s", architecture, error)
+            # What cannot be built is the last that is worth a training.
+            return {i: _UNBUILT for i, name in enumerate(names) if name in COSTS}
         return {i: costs[name] for i, name in enumerate(names) if name in costs}
 
     return known

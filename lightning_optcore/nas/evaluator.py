@@ -20,6 +20,9 @@ from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import open_journal
 from lightning_optcore.sweeps.task import current_trial
 
+# What of the yardstick is known of a network before it is trained.
+COSTS = ("params", "size_bytes", "flops")
+
 
 class EvaluationError(RuntimeError):
     """A trial that ran to its end and is worth nothing; the message says why."""

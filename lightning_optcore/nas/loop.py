@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -350,7 +351,8 @@ class _Search:
         reasons = [_reason(record) for record in failed]
         if _UNREPORTED in reasons[0]:
             raise SearchError(reasons[0])
-        alike = len(failed) >= _HOPELESS_ALIKE and len(set(reasons)) == 1
+        # But for the sizes of what did not fit.
+        alike = len(failed) >= _HOPELESS_ALIKE and len({re.sub(r"\d+", "#", reason) for reason in reasons}) == 1
         if alike or len(failed) >= _HOPELESS:
             raise SearchError(f"the first {len(failed)} trials all failed; the last one: {reasons[-1]}")
 
@@ -379,7 +381,10 @@ class _Search:
             if found is None:
                 return None
             wanted = found.id
-        record = self._journal.sweep(wanted)
+        try:
+            record = self._journal.sweep(wanted)
+        except SweepError as error:
+            raise SweepError(str(error).replace("hydra.sweeper.", "")) from None
         differences = self._searcher.space.differences(record.space)
         mine = dict(self._directions)
         theirs = dict(zip(record.space.get("objectives", []), record.directions, strict=False))
@@ -390,7 +395,10 @@ class _Search:
                 f"search {wanted} cannot be continued, its space has changed: {'; '.join(differences)}; restore it, or "
                 "begin a new search, e.g. with another seed"
             )
-        return self._journal.take_over(wanted)
+        try:
+            return self._journal.take_over(wanted)
+        except SweepError as error:
+            raise SweepError(str(error).replace("hydra.sweeper.", "")) from None
 
     def _unfinished(self, command: str) -> SweepRecord | None:
         """Return the newest search of a command whose process is dead, or which was interrupted in this one."""

@@ -1,7 +1,7 @@
 """An architecture as a file, and the LightningModule that trains it again.
 
-The file is JSON and holds choices only. What is built of them, and by which code, comes from the configuration: no class
-that a file names is ever made.
+The file is JSON and holds choices only. What is built of them, and by which code, comes from the configuration: no
+class that a file names is ever made.
 """
 
 from __future__ import annotations
