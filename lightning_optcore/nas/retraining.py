@@ -49,6 +49,8 @@ def load_architecture(path: str | Path) -> Architecture:
     """
     try:
         content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ArchitectureError(f"{path}: {error.strerror}; name a file that a search wrote") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArchitectureError(f"{path}: no JSON ({error}); name a file that a search wrote") from error
     if not isinstance(content, dict) or not isinstance(content.get("architecture"), dict):
