@@ -82,6 +82,27 @@ def measure(
     )["model"]
 
 
+def static_costs(model: nn.Module, example_inputs: Any) -> dict[str, float]:
+    """Return what of the yardstick is known before a model is trained: params, bytes, FLOPs of one sample.
+
+    Args:
+        model: A plain module.
+        example_inputs: As in :func:`measure`.
+
+    Raises:
+        ValueError: If ``forward`` does not accept the inputs.
+
+    Example:
+        >>> costs = static_costs(nn.Linear(4, 2), torch.randn(8, 4))
+        >>> costs["params"], costs["flops"]
+        (10.0, 16.0)
+    """
+    with _evaluating(model):
+        flops = _flops(model, Inputs.of(example_inputs).resized(1))
+    known = {"params": _num_parameters(model), "size_bytes": _size_bytes(model), "flops": flops}
+    return {name: float(value) for name, value in known.items() if value is not None}
+
+
 def measure_alternatives(
     models: Mapping[str, nn.Module | Deployed],
     example_inputs: Any,
