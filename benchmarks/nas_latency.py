@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
+    nni_nas()  # which sets its own level
     logging.getLogger("nni").setLevel(logging.ERROR)
     printed = Table(title=f"{options.networks} networks that the factors were not fitted to, batch 1, one thread")
     for title in ("space", "parts", "ms", "within 15%", "median error", "Spearman", "within 15%, plain sum", "seconds"):

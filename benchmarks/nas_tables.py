@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a file of every run's curves, as JSON")
     options = parser.parse_args()
 
+    nni_nas()  # which sets its own level
     logging.getLogger("nni").setLevel(logging.ERROR)
     tables = {name: load(name) for name in options.tables}
     curves: dict[str, dict[str, list[list[float]]]] = {}

@@ -2,8 +2,8 @@
 
 Operations, bytes and parameters of a network are exact before it is trained, and its latency follows from a table; only
 its quality is learned, by the Gaussian process of :mod:`~lightning_optcore.search.surrogate`. Who is trained is chosen
-by the gain in hypervolume of the optimistic quality at the exact cost, over the front as the model smooths it. How
-often a value stands in an architecture is a feature (White et al., "A Study on Encodings for Neural Architecture
+by the gain in hypervolume of the optimistic quality at the exact cost, over the front as the model smooths it; every
+fifth is the one of the greatest optimistic quality. How often a value stands in an architecture is a feature (White et al., "A Study on Encodings for Neural Architecture
 Search", NeurIPS 2020), and so are zero-cost proxies (White et al., "How Powerful are Performance Predictors in Neural
 Architecture Search?", NeurIPS 2021).
 
@@ -28,6 +28,8 @@ Proxies = Callable[[Params], Sequence[float]]
 
 # Of so many random points for each one that is needed, the first trials are those that differ most.
 _SPREAD = 20
+# One in so many candidates is the one of the best quality, whatever it costs: the end of the front adds little volume.
+_END_OF_FRONT = 5
 
 
 class AdaptiveEvolution(Evolutionary):
@@ -74,7 +76,7 @@ class AdaptiveEvolution(Evolutionary):
         proxies: Proxies | None = None,
         pool_size: int = 200,
         random_points: int = 200,
-        exploration: float = 0.5,
+        exploration: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -150,7 +152,13 @@ class AdaptiveEvolution(Evolutionary):
         # The front as the model smooths it, so that a lucky training does not hide its neighbours; whoever is being
         # trained is taken to reach its mean.
         reached = mean[: len(good) + len(waiting)]
-        return most_promising((mean - self.exploration * deviation)[-len(children) :], reached, count)
+        bounds = (mean - self.exploration * deviation)[-len(children) :]
+        chosen = most_promising(bounds, reached, count)
+        if learned and self._next_id % _END_OF_FRONT == 0:
+            quality = learned[self._next_id // _END_OF_FRONT % len(learned)]
+            best = int(np.argmin(bounds[:, quality]))
+            chosen = [best, *(i for i in chosen if i != best)][:count]
+        return chosen
 
     def _known(self, params: Params) -> dict[int, float]:
         """Return the costs of a point that need no training; less is better."""
