@@ -1,0 +1,176 @@
+"""AdaptiveEvolution: what is known is computed, the rest is learned, and a restored search goes on as it would have."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from lightning_optcore.nas.adaptive_evolution import AdaptiveEvolution
+from lightning_optcore.search import Evolutionary, Random, SearchError, Space, hypervolume
+
+WORTH = {"none": 0, "pool": 1, "small": 2, "large": 3}
+DIRECTIONS = ["maximize", "minimize"]
+
+
+def layers_space() -> Space:
+    return Space({f"layer{i}": "none,pool,small,large" for i in range(8)})
+
+
+def layers_quality(params):
+    worth = [WORTH[params[f"layer{i}"]] for i in range(8)]
+    return sum(worth) + sum(a * b for a, b in itertools.pairwise(worth))
+
+
+def layers_cost(params):
+    return sum(WORTH[params[f"layer{i}"]] ** 2 for i in range(8))
+
+
+def mixed_space() -> Space:
+    return Space(
+        {
+            "x": "interval(-1.0,1.0)",
+            "n": "range(1,9)",
+            "kind": "a,b,c",
+            "other": "a,b,c",
+            "only_a": "int(interval(1,4))",
+        },
+        constraints=["n * (1 + x) <= 12"],
+        conditions={"only_a": "kind == 'a'", "other": "n > 4"},
+    )
+
+
+def mixed_objectives(params):
+    penalty = {"a": 0.0, "b": 0.3, "c": 0.6}
+    quality = -(params["x"] ** 2) - penalty[params["kind"]] - penalty[params.get("other", "a")] - 1 / params["n"]
+    return [quality, mixed_cost(params)]
+
+
+def mixed_cost(params):
+    return params["n"] + params.get("only_a", 0)
+
+
+def run(searcher, evaluate, trials):
+    for _ in range(trials):
+        (candidate,) = searcher.ask()
+        searcher.tell(candidate, evaluate(candidate.params))
+    return searcher
+
+
+def volume(searcher):
+    front = np.array([[-quality, cost] for quality, cost in (trial.objectives for trial in searcher.pareto_front())])
+    return hypervolume(front, np.array([0.0, 73.0]))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_it_is_ahead_of_evolution_and_chance(known):
+    def evaluate(params):
+        return [layers_quality(params), layers_cost(params)]
+
+    arguments = {"known_costs": lambda params: {1: layers_cost(params)}} if known else {}
+    volumes = {"chance": [], "evolution": [], "ours": []}
+    for seed in range(4):
+        for name, searcher in {
+            "chance": Random(layers_space(), DIRECTIONS, seed=seed),
+            "evolution": Evolutionary(layers_space(), DIRECTIONS, seed=seed),
+            "ours": AdaptiveEvolution(layers_space(), DIRECTIONS, seed=seed, **arguments),
+        }.items():
+            volumes[name].append(volume(run(searcher, evaluate, 30)))
+    assert all(ours > chance for ours, chance in zip(volumes["ours"], volumes["chance"], strict=True))
+    assert np.mean(volumes["ours"]) > np.mean(volumes["evolution"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"known_costs": lambda params: {1: mixed_cost(params)}},
+        {"known_costs": lambda params: dict(enumerate(mixed_objectives(params)))},
+        {"proxies": lambda params: [params["x"], float("nan"), 1e300 * params["n"]]},
+    ],
+    ids=["nothing known", "cost known", "all known", "proxies"],
+)
+def test_no_point_twice_and_a_restored_one_asks_the_same(arguments):
+    searcher = AdaptiveEvolution(mixed_space(), DIRECTIONS, seed=5, initial_trials=6, **arguments)
+    asked = []
+    for step in range(12):
+        restored = AdaptiveEvolution(mixed_space(), DIRECTIONS, initial_trials=6, **arguments)
+        restored.load_state_dict(json.loads(json.dumps(searcher.state_dict())))
+        candidates = searcher.ask(2)
+        assert restored.ask(2) == candidates
+        asked += candidates
+        # Told in the other order, and one of them late or as a failure.
+        searcher.tell(candidates[1], mixed_objectives(candidates[1].params), violation=float(step == 5))
+        if step % 3 == 0:
+            searcher.tell(candidates[0], failure="out of memory")
+        elif step % 3 == 1:
+            searcher.tell(candidates[0], mixed_objectives(candidates[0].params))
+    assert all(searcher.space.is_feasible(candidate.params) for candidate in asked)
+    assert len({json.dumps(candidate.params, sort_keys=True) for candidate in asked}) == 24
+    assert {candidate.origin for candidate in asked[6:]} != {"random"}
+
+
+def test_every_trial_may_fail_and_a_small_space_ends():
+    searcher = AdaptiveEvolution(Space({"a": "x,y", "b": "range(0,6)"}), DIRECTIONS, known_costs=lambda p: {1: p["b"]})
+    for _ in range(12):
+        (candidate,) = searcher.ask()
+        searcher.tell(candidate, failure="it never works")
+    assert searcher.done and searcher.ask() == []
+
+
+def test_what_is_known_is_taken_and_not_learned():
+    """The cost is a riddle that no model guesses: who knows it never trains what is dear."""
+
+    def cost(params):
+        return (params["a"] * 7919 + params["b"] * 104729) % 97
+
+    space = Space({"a": "range(0,40)", "b": "range(0,40)"})
+    searcher = AdaptiveEvolution(space, ["minimize"], seed=0, known_costs=lambda params: {0: cost(params)})
+    run(searcher, cost, 14)
+    assert max(trial.objectives[0] for trial in searcher.trials[10:]) <= 1
+
+
+def test_a_proxy_that_tells_the_quality_is_used():
+    rng = np.random.default_rng(0)
+    riddle = {(a, b): rng.random() for a in range(30) for b in range(30)}
+
+    def quality(params):
+        return riddle[params["a"], params["b"]]
+
+    def mean_of_the_late(**arguments):
+        space = Space({"a": "range(0,30)", "b": "range(0,30)"})
+        searcher = AdaptiveEvolution(space, ["maximize"], seed=1, **arguments)
+        return np.mean([trial.objectives[0] for trial in run(searcher, quality, 30).trials[15:]])
+
+    assert mean_of_the_late(proxies=lambda params: [np.exp(50 * quality(params))]) > 0.9 > mean_of_the_late()
+
+
+def test_the_first_trials_are_spread():
+    space = Space({f"layer{i}": "none,pool,small,large" for i in range(4)})
+
+    def least_distance(make, seed):
+        points = [candidate.params for candidate in make(space, seed=seed).ask(10)]
+        return min(sum(a[name] != b[name] for name in a) for a, b in itertools.combinations(points, 2))
+
+    spread = [least_distance(AdaptiveEvolution, seed) for seed in range(8)]
+    assert np.mean(spread) > np.mean([least_distance(Evolutionary, seed) for seed in range(8)])
+
+
+def test_wrong_use_says_what_would_be_right():
+    space = layers_space()
+    with pytest.raises(SearchError, match=r"surrogate=False: .*Evolutionary"):
+        AdaptiveEvolution(space, surrogate=False)
+    with pytest.raises(SearchError, match="random_points=-1: expected 0 or more"):
+        AdaptiveEvolution(space, random_points=-1)
+    with pytest.raises(SearchError, match=r"known_costs returned the objectives \[2\].*within 0 to 1"):
+        run(AdaptiveEvolution(space, DIRECTIONS, known_costs=lambda params: {2: 1.0}), lambda params: [1, 2], 12)
+    with pytest.raises(SearchError, match="expected finite numbers"):
+        run(AdaptiveEvolution(space, DIRECTIONS, known_costs=lambda _: {1: float("nan")}), lambda params: [1, 2], 12)
+    with pytest.raises(SearchError, match="the same for every point"):
+        run(
+            AdaptiveEvolution(space, DIRECTIONS, known_costs=lambda params: {WORTH[params["layer0"]] % 2: 1.0}),
+            lambda params: [1, 2],
+            12,
+        )

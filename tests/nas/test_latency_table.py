@@ -1,0 +1,150 @@
+"""The table of parts: what is one part, what is measured anew, what is kept, and how it adds up."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.nas import latency_table
+from lightning_optcore.nas.latency_table import LatencyTable, parts_of, quiet_latencies
+
+X = torch.randn(2, 3, 8, 8)
+
+
+class Cell(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.second = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True))
+        self.third = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return torch.cat([self.second(x) + x, self.third(x)], dim=1).mean((2, 3))
+
+
+class Functional(nn.Module):
+    def __init__(self, stride):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.stride = stride
+
+    def forward(self, x):
+        return torch.relu(nn.functional.conv2d(x, self.weight, stride=self.stride))
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """Every part takes 1 ms; the list says how many were timed at each time."""
+    asked = []
+
+    def quiet_times(calls, rounds, clock):
+        for call in calls:
+            call()
+        asked.append(len(calls))
+        return [1.0] * len(calls)
+
+    monkeypatch.setattr(latency_table, "_quiet_times", quiet_times)
+    return asked
+
+
+def names(parts):
+    return sorted(
+        (key.get("module", key.get("function")).split("(")[0], count)
+        for key, count in ((json.loads(key), count) for key, count in parts.counts.items())
+    )
+
+
+def test_parts_are_leaf_modules_and_the_functions_between_them():
+    parts = parts_of(Cell(), Inputs.of(X))
+    # The second and the third convolution are the same part.
+    assert names(parts) == [
+        ("Conv2d", 1),
+        ("Conv2d", 2),
+        ("ReLU", 1),
+        ("torch.Tensor.add", 1),
+        ("torch.Tensor.mean", 1),
+        ("torch.cat", 1),
+        ("torch.relu", 1),
+    ]
+    assert parts.containers == 2
+
+
+def test_a_module_that_calls_no_other_is_one_part_by_all_that_it_depends_on():
+    parts = parts_of(nn.Sequential(Functional(1), nn.ReLU()), Inputs.of(X))
+    assert names(parts) == [("Functional", 1), ("ReLU", 1)]
+    keys = {next(iter(parts_of(Functional(stride), Inputs.of(X)).counts)) for stride in (1, 2)}
+    assert len(keys) == 2
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    tokens = {name: torch.randn(1, 5, 8) for name in ("query", "key", "value")}
+    assert names(parts_of(attention, Inputs.of(tokens))) == [("MultiheadAttention", 1)]
+
+
+def test_the_prediction_is_the_scaled_sum_and_an_overhead_for_each_container(by_hand, monkeypatch):
+    table = LatencyTable()
+    assert table.predict(Cell(), X) == 8.0
+    assert by_hand == [7]
+    # A second network of the same parts measures nothing; of another width, whatever is another.
+    table.predict(Cell(), X)
+    assert by_hand == [7, 0]
+    table.predict(Cell(8), X)
+    assert by_hand[2] == 7 and len(table) == 14
+
+    def whole(networks, inputs, **_):
+        return [3 * parts_of(one, inputs).counts.total() + 10 * parts_of(one, inputs).containers for one in networks]
+
+    monkeypatch.setattr(latency_table, "quiet_latencies", whole)
+    deep = nn.Sequential(*(nn.ReLU() for _ in range(20)))
+    table.fit([Cell(), deep, nn.Sequential(deep)], X)
+    assert table.factors(X) == (pytest.approx(3.0), pytest.approx(10.0))
+    assert table.predict(Cell(), X) == pytest.approx(44.0)
+    # Inputs of another shape are another matter.
+    assert table.factors(torch.randn(1, 3, 8, 8)) == (1.0, 0.0)
+
+
+def test_the_store_keeps_parts_and_factors(by_hand, tmp_path, monkeypatch):
+    store = tmp_path / "store.db"
+    table = LatencyTable(store)
+    table.fit([Cell()], X)
+    monkeypatch.setattr(latency_table, "_quiet_times", lambda calls, rounds, clock: pytest.fail() if calls else [])
+    again = LatencyTable(store)
+    assert len(again) == 7 and again.factors(X) == table.factors(X)
+    assert again.predict(Cell(), X) == table.predict(Cell(), X)
+    assert len(LatencyTable(store, num_threads=2)) == 7
+    with pytest.raises(pytest.fail.Exception):
+        LatencyTable(store, num_threads=2).predict(Cell(), X)
+
+
+def test_networks_stay_as_they_were():
+    network = nn.Sequential(Cell(), nn.BatchNorm1d(8)).train()
+    network[0].eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    LatencyTable(rounds=2).fit([network], X)
+    assert network.training and network[1].training and not network[0].first.training
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in network.modules())
+    network(X).sum().backward()
+
+
+def test_it_ranks_networks_as_measurement_does():
+    torch.manual_seed(0)
+    networks = [nn.Sequential(*(nn.Linear(width, width) for _ in range(3))) for width in (16, 400, 1600)]
+    table, measured = LatencyTable(rounds=5), []
+    for network in networks:
+        example = torch.randn(8, network[0].in_features)
+        measured.append((quiet_latencies([network], example, rounds=5)[0], table.predict(network, example)))
+    assert np.all(np.diff(np.array(measured), axis=0) > 0)
+
+
+def test_wrong_use_says_what_would_be_right():
+    with pytest.raises(ValueError, match="rounds=0: expected a whole number of at least 1"):
+        LatencyTable(rounds=0)
+    with pytest.raises(ValueError, match=r"networks=.*e\.g\. eight"):
+        LatencyTable().fit([], X)
+    with pytest.raises(ValueError, match="measured has 2 times: expected one for each of 1 networks"):
+        LatencyTable().fit([Cell()], X, [1.0, 2.0])
