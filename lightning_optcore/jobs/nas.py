@@ -25,6 +25,7 @@ from lightning_optcore.jobs.objective import parse_objective
 from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.sweep_reporting import write_own_report
 from lightning_optcore.nas.evaluator import COSTS, LightningEvaluator, trial_directory
+from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.nas.loop import search
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.retraining import configured_space, save_architecture
@@ -136,6 +137,7 @@ class ConfiguredEvaluator:
                 seed=config["seed"] or 0,
                 test=config["test"],
                 measure=config["measure"],
+                latency=_latency_table(config),
             )
         return self._evaluator
 
@@ -175,6 +177,13 @@ def retraining_overrides(overrides: Sequence[str], choices: Mapping[str, Any]) -
         elif not name.startswith(("nas.", "nas/")) and name.partition(".")[0] not in _NOT_CARRIED:
             carried.append(text)
     return carried
+
+
+def _latency_table(config: Mapping[str, Any]) -> LatencyTable | None:
+    """Return what predicts latencies, where there is a limit on them."""
+    if "latency_ms" not in (config["nas"]["constraints"] or {}):
+        return None
+    return LatencyTable(config["store"]["path"], num_threads=config["measure"]["num_threads"])
 
 
 def _write_front(found: SearchResult, space: Mapping[str, Any], carried: Sequence[str]) -> dict[int, str]:
@@ -222,7 +231,8 @@ def _known_costs(evaluator: ConfiguredEvaluator, names: list[str]) -> Callable[[
             log.debug("no estimate of %s: %s", architecture, error)
             # What cannot be built is the last that is worth a training.
             return {i: _UNBUILT for i, name in enumerate(names) if name in COSTS}
-        return {i: costs[name] for i, name in enumerate(names) if name in costs}
+        # A latency is only predicted.
+        return {i: costs[name] for i, name in enumerate(names) if name in COSTS and name in costs}
 
     return known
 

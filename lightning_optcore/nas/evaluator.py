@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import nn
 
 from lightning_optcore.fingerprints import hardware_fingerprint
 from lightning_optcore.measurement.fitted import measured_fit
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
+from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.quality import validate
 from lightning_optcore.measurement.yardstick import static_costs
+from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import open_journal
@@ -22,6 +25,10 @@ from lightning_optcore.sweeps.task import current_trial
 
 # What of the yardstick is known of a network before it is trained.
 COSTS = ("params", "size_bytes", "flops")
+
+
+# To so many random networks a table of latencies is fitted.
+_FITTED = 8
 
 
 class EvaluationError(RuntimeError):
@@ -43,6 +50,8 @@ class LightningEvaluator:
         seed: Of the weights and the data's order, the same for every trial.
         test: Whether to run the module's test as well.
         measure: Options of :func:`lightning_optcore.measure`: batch sizes, threads, rounds.
+        latency: Predicts ``latency_ms`` before a training, for limits on it; one that was never fitted to such inputs
+            is, to a few random networks of the space.
 
     Example:
         >>> from functools import partial
@@ -67,6 +76,7 @@ class LightningEvaluator:
         seed: int = 0,
         test: bool = False,
         measure: Mapping[str, Any] | None = None,
+        latency: LatencyTable | None = None,
     ) -> None:
         self.space = architecture_space(space)
         self._module = module
@@ -76,6 +86,7 @@ class LightningEvaluator:
         self._seed = seed
         self._test = test
         self._measure = dict(measure or {})
+        self._latency = latency
         self._called: tuple[str, Any] | None = None
         self._compresses: bool | None = None
 
@@ -114,7 +125,7 @@ class LightningEvaluator:
     def estimate(self, architecture: Architecture) -> dict[str, float]:
         """Return what is known of a network before it is trained: params, bytes, and FLOPs of one sample.
 
-        Nothing is, where a callback prunes or quantizes it.
+        With a table also the latency that it predicts. Nothing is known where a callback prunes or quantizes.
         """
         if self._compresses is None:
             self._compresses = any(_changes_networks(callback) for callback in self._callbacks())
@@ -130,7 +141,22 @@ class LightningEvaluator:
                 raise EvaluationError("validation_step calls no module with parameters")
             self._called = (name, recorder.inputs[name][0])
         name, inputs = self._called
-        return static_costs(submodule(model, name).to("cpu"), inputs)
+        network = submodule(model, name).to("cpu")
+        costs = static_costs(network, inputs)
+        if self._latency is not None:
+            costs["latency_ms"] = self._predicted(self._latency, network, name, inputs)
+        return costs
+
+    def _predicted(self, table: LatencyTable, network: nn.Module, name: str, inputs: Any) -> float:
+        """Return the predicted milliseconds at the first batch size."""
+        batch = Inputs.of(inputs).resized(self._measure.get("batch_sizes", (1,))[0])
+        if table.factors(batch) == (1.0, 0.0):
+            rng, networks = np.random.default_rng(self._seed), []
+            for _ in range(_FITTED):
+                drawn = self.space.choices.sample(rng)
+                networks.append(submodule(self._module(self.space.build(drawn)), name).to("cpu"))
+            table.fit(networks, batch)
+        return table.predict(network, batch)
 
     def _record(
         self, trial: tuple[int, int, str], architecture: Architecture, measurements: Mapping[str, Any], directory: Any

@@ -13,6 +13,7 @@ from lightning_optcore.callbacks import PostTrainingQuantization, StructuredPrun
 from lightning_optcore.data import Digits
 from lightning_optcore.models import Classifier
 from lightning_optcore.nas import LightningEvaluator, factory_space, search
+from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import Journal
 
@@ -138,3 +139,25 @@ def test_a_bad_trial_is_ended_early(tmp_path):
     with Store(tmp_path / "optcore.db") as store:
         assert [trial.status for trial in Journal(store).trials(1)] == ["done", "pruned"]
         assert Journal(store).intermediate_values(1) == {0: {1: 1.0, 2: 1.0, 3: 1.0}, 1: {1: 0.0}}
+
+
+def test_a_limit_on_the_latency_is_predicted_before_a_training():
+    space = factory_space(net, {"width": "choice(4,8,64,96)"})
+    evaluate = LightningEvaluator(
+        space,
+        Classifier,
+        Digits,
+        trainer=partial(Trainer, max_epochs=1, limit_train_batches=1, limit_val_batches=1, **QUIET),
+        measure=MEASURE,
+        latency=LatencyTable(rounds=5),
+    )
+    predicted = {width: evaluate.estimate({"width": width})["latency_ms"] for width in (4, 96)}
+    assert predicted[96] > 1.5 * predicted[4]
+    limit = (predicted[4] * predicted[96]) ** 0.5
+    found = search(
+        space, evaluate, objectives=["val/acc"], strategy="grid", constraints={"latency_ms": limit}, max_trials=4,
+        show=False,
+    )  # fmt: skip
+    evaluated = {trial.architecture["width"]: trial.evaluated for trial in found.history}
+    assert evaluated[4]
+    assert not evaluated[96]
