@@ -9,6 +9,7 @@ https://arxiv.org/abs/1812.00332 (``proxyless``).
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -130,8 +131,8 @@ def choose(network: nn.Module, architecture: Mapping[str, Any]) -> None:
     kind = kind_of(network)
     if kind not in ("sampled", "proxyless"):
         raise SupernetError(f"kind={kind} forwards the average of all architectures; sub_network() cuts one out")
-    check_architecture(network, architecture)
-    sample = {**architecture, **_repeats_of(network, architecture)}
+    sample = sample_of(network, architecture)
+    sample.update(_repeats_of(network, sample))
     layer = nni_nas().supermodule.proxyless.ProxylessMixedRepeat
     for module in choices(network):
         # A repeat of this kind only asks its layers, which are told here themselves.
@@ -148,7 +149,7 @@ def sub_network(network: nn.Module, architecture: Mapping[str, Any]) -> nn.Modul
     Example:
         See :func:`supernet`.
     """
-    check_architecture(network, architecture)
+    sample = sample_of(network, architecture)
     if isinstance(network, nni_nas().hub.nasnet.NDS):
         raise SupernetError(
             f"NNI builds a sub-network of {type(network).__name__} anew, so that it inherits no weights; "
@@ -157,7 +158,7 @@ def sub_network(network: nn.Module, architecture: Mapping[str, Any]) -> nn.Modul
     try:
         with inheriting_weights():
             # Layers may be those of the supernet itself, and must not be.
-            alone = copy.deepcopy(network.freeze(dict(architecture)))  # type: ignore[operator]
+            alone = copy.deepcopy(network.freeze(sample))  # type: ignore[operator]
     except NotImplementedError as error:
         raise SupernetError(str(error)) from error
     for parameter in alone.parameters():
@@ -167,8 +168,10 @@ def sub_network(network: nn.Module, architecture: Mapping[str, Any]) -> nn.Modul
     return alone.train(network.training)
 
 
-def check_architecture(network: nn.Module, architecture: Mapping[str, Any]) -> None:
-    """Raise if a supernet does not hold an architecture.
+def sample_of(network: nn.Module, architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what NNI takes for an architecture of a supernet.
+
+    An architecture names by its number what JSON does not know, or what is several inputs at once.
 
     Raises:
         SupernetError: If a label is missing or unknown, or a value is not among its options.
@@ -182,10 +185,17 @@ def check_architecture(network: nn.Module, architecture: Mapping[str, Any]) -> N
         raise SupernetError(
             f"architecture {'; '.join(part for part, which in zip(parts, (missing, unknown), strict=True) if which)}"
         )
+    sample = dict(architecture)
+    for label in labels:
+        listed, value = _listed(known[label]), architecture[label]
+        if listed is not None and isinstance(value, int):
+            if not 0 <= value < len(listed):
+                raise SupernetError(f"{label}={value}: expected 0 to {len(listed) - 1}, for {listed}")
+            sample[label] = listed[value]
     for label, mutable in known.items():
-        error = mutable.check_contains(dict(architecture))
-        if error is not None:
+        if mutable.check_contains(sample) is not None:
             raise SupernetError(f"{label}={architecture.get(label)!r}: expected one of {_options(mutable) or mutable}")
+    return sample
 
 
 def random_architecture(network: nn.Module, rng: random.Random) -> Architecture:
@@ -197,7 +207,7 @@ def random_architecture(network: nn.Module, rng: random.Random) -> Architecture:
     for _ in range(_ATTEMPTS):
         drawn = {label: _drawn(one, rng) for label, one in network.supernet_choices.items() if _options(one)}  # type: ignore
         if all(one.check_contains(drawn) is None for one in network.supernet_choices.values()):  # type: ignore
-            return drawn
+            return _architecture(network, drawn)
     raise SupernetError(f"the constraints of the space were met by none of {_ATTEMPTS:,} architectures")
 
 
@@ -266,7 +276,7 @@ def best_architecture(network: nn.Module) -> Architecture:
             found.update(parts.differentiable.DifferentiableMixedInput.export(module, found))
         else:
             found.update(module.export(memo=found))
-    return {label: found[label] for label in known if label in found}
+    return _architecture(network, {label: found[label] for label in known if label in found})
 
 
 def _simplified(space: Any) -> dict[str, Any]:
@@ -308,6 +318,23 @@ def _options(mutable: Any) -> list[Any]:
     return list(getattr(mutable, "values", ()))
 
 
+def _listed(mutable: Any) -> list[Any] | None:
+    """Return the options that an architecture names by their number; ``None`` where it names them themselves."""
+    values = _options(mutable)
+    if isinstance(mutable, nni_nas().mutable.CategoricalMultiple):
+        sizes = [mutable.n_chosen] if mutable.n_chosen is not None else range(1, len(values) + 1)
+        return [list(one) for size in sizes for one in itertools.combinations(values, size)]
+    return None if all(isinstance(value, (str, int, float, bool)) for value in values) else values
+
+
+def _architecture(network: nn.Module, sample: Mapping[str, Any]) -> Architecture:
+    """Return the architecture of what NNI takes for one."""
+    listed = {label: _listed(network.supernet_choices[label]) for label in sample}  # type: ignore[index]
+    return {
+        label: value if (options := listed[label]) is None else options.index(value) for label, value in sample.items()
+    }
+
+
 def _drawn(mutable: Any, rng: random.Random) -> Any:
     values = _options(mutable)
     if not isinstance(mutable, nni_nas().mutable.CategoricalMultiple):
@@ -331,8 +358,9 @@ def _extreme(network: nn.Module, pick: Any) -> Architecture:
             found[label] = pick(values)
         else:
             found[label] = values[-1] if pick is max else values[0]
-    check_architecture(network, found)
-    return found
+    architecture = _architecture(network, found)
+    sample_of(network, architecture)
+    return architecture
 
 
 def _sizes_of_layers(network: nn.Module) -> dict[str, dict[str, int]]:

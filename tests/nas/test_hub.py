@@ -16,8 +16,8 @@ from lightning_optcore.callbacks import DifferentiableSearch, SampledTraining
 from lightning_optcore.nas.supernet import (
     SupernetError,
     best_architecture,
-    check_architecture,
     choose,
+    sample_of,
     smallest,
     sub_network,
     supernet,
@@ -75,12 +75,12 @@ def test_a_space_of_the_hub(make_trainer, name, kind):
     search = SampledTraining() if kind == "sampled" else DifferentiableSearch(learning_rate=0.1)
     make_trainer(search, limit_train_batches=2).fit(Classifier(network), loader(8, pixels, channels=3, size=2))
     architecture = smallest(network) if kind == "sampled" else best_architecture(network)
-    check_architecture(network, architecture)
+    sample_of(network, architecture)
     images = torch.randn(2, 3, pixels, pixels)
     if name in NOTHING_INHERITED:
         with pytest.raises(SupernetError, match=f"NNI builds a sub-network of {name} anew"):
             sub_network(network, architecture)
-        assert space.freeze(architecture)(images) is not None
+        assert space.freeze(sample_of(network, architecture))(images) is not None
         return
     alone = sub_network(network.eval(), architecture)
     with torch.no_grad():
@@ -88,5 +88,5 @@ def test_a_space_of_the_hub(make_trainer, name, kind):
         if kind in ("sampled", "proxyless"):
             choose(network, architecture)
             torch.testing.assert_close(output, network(images), rtol=1e-4, atol=1e-4)
-    built = space.freeze(architecture)
+    built = space.freeze(sample_of(network, architecture))
     assert {k: v.shape for k, v in alone.state_dict().items()} == {k: v.shape for k, v in built.state_dict().items()}

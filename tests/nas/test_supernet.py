@@ -14,7 +14,6 @@ from lightning_optcore.nas.supernet import (
     SupernetError,
     alphas,
     best_architecture,
-    check_architecture,
     choices,
     choose,
     collect,
@@ -22,6 +21,7 @@ from lightning_optcore.nas.supernet import (
     largest,
     probabilities,
     random_architecture,
+    sample_of,
     smallest,
     sub_network,
     supernet,
@@ -73,6 +73,31 @@ def test_a_cell_keeps_its_weights():
         torch.testing.assert_close(sub_network(network, architecture)(x), network(x))
 
 
+def test_several_inputs_are_named_by_a_number():
+    class Inputs(nas.nn.ModelSpace):
+        def __init__(self):
+            super().__init__()
+            self.pick = nas.nn.InputChoice(3, n_chosen=2, label="pick")
+            self.size = nas.nn.MutableConv2d(1, 1, nas.nni.choice("kernel", [(1, 3), (3, 3)]))
+
+        def forward(self, x):
+            return self.pick([x, 10 * x, 100 * x])
+
+    network = supernet(Inputs())
+    expected = {0: 11.0, 1: 101.0, 2: 110.0}
+    for number, total in expected.items():
+        architecture = {"pick": number, "kernel": 1}
+        choose(network, architecture)
+        assert float(network(torch.ones(1))) == float(sub_network(network, architecture)(torch.ones(1))) == total
+    assert sample_of(network, {"pick": 1, "kernel": 0}) == {"pick": [0, 2], "kernel": (1, 3)}
+    assert set(random_architecture(network, random.Random(0)).values()) <= {0, 1, 2}
+    with pytest.raises(SupernetError, match=r"pick=3: expected 0 to 2, for \[\[0, 1\]"):
+        sample_of(network, {"pick": 3, "kernel": 0})
+    darts = supernet(Cells(), "darts")
+    assert all(isinstance(value, int) for label, value in best_architecture(darts).items() if "input" in label)
+    sub_network(darts, best_architecture(darts))
+
+
 def test_the_space_itself_stays_a_space():
     space = Layers()
     before = {name: value.clone() for name, value in space.state_dict().items()}
@@ -90,7 +115,7 @@ def test_export_is_repeatable_by_seed(kind):
         found.append(best_architecture(network))
         # Not drawn, nor noisy.
         assert all(best_architecture(network) == found[-1] for _ in range(5))
-        check_architecture(network, found[-1])
+        sample_of(network, found[-1])
     assert found[0] == found[1]
 
 
@@ -123,7 +148,7 @@ def test_the_largest_and_the_smallest():
 def test_collect_draws_every_label_once():
     network = supernet(Widths())
     drawn = collect(network, "resample")
-    check_architecture(network, drawn)
+    sample_of(network, drawn)
     network(X)
 
 
