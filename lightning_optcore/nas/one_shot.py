@@ -309,8 +309,9 @@ class DifferentiableSearch(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let a proxyless supernet be judged by what it favours."""
-        if self._network is not None and kind_of(self._network) == "proxyless":
-            choose(self._network, best_architecture(self._network))
+        _choose_in(pl_module, "proxyless", best_architecture)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the supernet as it was: with gradients for all."""
@@ -441,10 +442,9 @@ class SampledTraining(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the supernet."""
         self._fitting = stage == "fit"
-        self._network = _supernet_in(pl_module, ("sampled",), "DifferentiableSearch")
-        choose(self._network, largest(self._network))
         if not self._fitting:
             return
+        self._network = _supernet_in(pl_module, ("sampled",), "DifferentiableSearch")
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"trainer.devices: {trainer.world_size} processes would train other layers each; expected devices=1"
@@ -462,8 +462,9 @@ class SampledTraining(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the largest architecture."""
-        assert self._network is not None
-        choose(self._network, largest(self._network))
+        _choose_in(pl_module, "sampled", largest)
+
+    on_test_start = on_predict_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many batches there were, and the state of random numbers."""
@@ -569,6 +570,13 @@ def _supernet_in(pl_module: LightningModule, kinds: Sequence[str], other: str) -
             f"{name} is a supernet of kind={kind_of(network)}: expected {', '.join(kinds)}; {other} trains it"
         )
     return network
+
+
+def _choose_in(pl_module: LightningModule, kind: str, which: Callable[[nn.Module], Architecture]) -> None:
+    """Choose what is forwarded; a module without such a supernet, e.g. with what was found, is as good."""
+    for module in pl_module.modules():
+        if getattr(module, "supernet_kind", None) == kind:
+            choose(module, which(module))
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -15,7 +15,17 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_optcore.callbacks import DifferentiableSearch, SampledTraining
 from lightning_optcore.nas import one_shot
 from lightning_optcore.nas.one_shot import expected_cost, expected_cost_of_table, split_training_loader
-from lightning_optcore.nas.supernet import SupernetError, alphas, choose, largest, probabilities, smallest, supernet
+from lightning_optcore.nas.supernet import (
+    SupernetError,
+    alphas,
+    best_architecture,
+    choose,
+    largest,
+    probabilities,
+    smallest,
+    sub_network,
+    supernet,
+)
 
 SPACES = {"darts": Widths, "gumbel_darts": Widths, "proxyless": Layers}
 KINDS = list(SPACES)
@@ -345,7 +355,7 @@ def drawn(make_trainer, monkeypatch, epochs=2, **options):
     torch.manual_seed(0)
     module = Classifier(supernet(Widths()))
     make_trainer(SampledTraining(**options), max_epochs=epochs).fit(module, loader())
-    return seen[1:], module
+    return seen, module
 
 
 def test_sampled_training_draws_another_architecture_every_batch(make_trainer, monkeypatch):
@@ -375,6 +385,22 @@ def test_sampled_training_trains_and_is_validated_with_the_largest(make_trainer)
     choose(module.network.eval(), smallest(module.network))
     images, labels = loader().dataset.tensors
     assert nn.functional.cross_entropy(module.network(images), labels) < before
+
+
+@pytest.mark.parametrize(("kind", "callback"), [("sampled", SampledTraining), ("proxyless", DifferentiableSearch)])
+def test_a_supernet_can_be_tested_and_so_can_what_was_found(make_trainer, kind, callback):
+    class Tested(Classifier):
+        def test_step(self, batch, batch_idx):
+            self.log("loss", nn.functional.cross_entropy(self.network(batch[0]), batch[1]))
+
+    network = supernet(Layers(), kind)
+    architecture = largest(network) if kind == "sampled" else best_architecture(network)
+    trainer = make_trainer(callback())
+    whole, alone = (
+        trainer.test(Tested(one), loader(shuffle=False), verbose=False)[0]["loss"]
+        for one in (network, sub_network(network, architecture))
+    )
+    assert whole == pytest.approx(alone)
 
 
 def test_a_resumed_sampled_training_ends_as_an_uninterrupted_one(make_trainer, tmp_path):
