@@ -34,7 +34,8 @@ def nni_nas() -> SimpleNamespace:
 
     Returns:
         ``nni``, and of ``nni.nas``: ``nn`` (``nn.pytorch``), ``space``, ``strategy``, ``hub`` (``hub.pytorch``),
-        ``oneshot`` (``oneshot.pytorch.strategy``) and ``supermodule`` (``oneshot.pytorch.supermodule``).
+        ``oneshot`` (``oneshot.pytorch.strategy``) and ``supermodule`` (``oneshot.pytorch.supermodule``); besides
+        ``mutable`` (``nni.mutable``), ``profiler`` (``nni.nas.profiler.pytorch.flops``) and ``expressions``.
 
     Raises:
         NNIError: If NNI 3 is not installed.
@@ -55,10 +56,18 @@ def nni_nas() -> SimpleNamespace:
             "oneshot": "nni.nas.oneshot.pytorch.strategy",
             "supermodule": "nni.nas.oneshot.pytorch.supermodule",
             "operation": "nni.nas.oneshot.pytorch.supermodule.operation",
+            "sampling": "nni.nas.oneshot.pytorch.supermodule.sampling",
+            "expressions": "nni.nas.oneshot.pytorch.supermodule._expression_utils",
             "hub": "nni.nas.hub.pytorch",
+            "profiler": "nni.nas.profiler.pytorch.flops",
+            "mutable": "nni.mutable",
         }
         parts = {name: importlib.import_module(module) for name, module in names.items()}
+        for part in ("base", "differentiable", "proxyless"):
+            importlib.import_module(f"{names['supermodule']}.{part}")
     parts.pop("operation").MixedOperation.freeze = _freeze_operation
+    _mend_weighted_sum(parts["expressions"])
+    _mend_cells(parts.pop("sampling").PathSamplingCell)
     return SimpleNamespace(nni=nni, **parts)
 
 
@@ -82,6 +91,29 @@ def lightning_as_pytorch_lightning() -> Iterator[None]:
         sys.modules.update(before)
 
 
+@contextmanager
+def inheriting_weights() -> Iterator[None]:
+    """Let layers without a choice keep their weights when a network is frozen.
+
+    Mends that ``ParametrizedModule.freeze`` (``MutableConv2d(1, 8, 3)``) makes new ones, so that a sub-network of a
+    proxyless supernet is partly untrained. Not for good: a network that is built alone has to begin anew.
+    """
+    base = nni_nas().nn.ParametrizedModule
+    theirs = base.freeze
+
+    def freeze(self: Any, sample: Mapping[str, Any]) -> Any:
+        frozen = theirs(self, sample)
+        if not self.simplify():
+            frozen.load_state_dict(self.state_dict())
+        return frozen
+
+    base.freeze = freeze
+    try:
+        yield
+    finally:
+        base.freeze = theirs
+
+
 def _loaded() -> dict[str, Any]:
     return {
         name: module
@@ -100,3 +132,53 @@ def _freeze_operation(self: Any, sample: Mapping[str, Any]) -> Any:
     weights = {name: weight for name, weight in self.freeze_weight(**arguments).items() if weight is not None}
     operation.load_state_dict(weights)
     return operation
+
+
+def _mend_weighted_sum(expressions: Any) -> None:
+    """Let the expected FLOPs of layers be computed where some have none.
+
+    Mends ``TypeError: Expect type <class 'float'> but found <class 'int'>`` where Identity or pooling is a choice.
+    """
+    theirs = expressions.weighted_sum
+
+    def weighted_sum(items: Any, weights: Any = None) -> Any:
+        if all(isinstance(item, (int, float)) for item in items):
+            items = [float(item) for item in items]
+        return theirs(items, weights)
+
+    expressions.weighted_sum = weighted_sum
+
+
+def _mend_cells(cell: Any) -> None:
+    """Let a supernet's cell become a cell of its own with its share of the weights.
+
+    Mends ``NotImplementedError: PathSamplingCell does not support freeze.``
+    """
+    theirs = cell.mutate.__func__
+
+    def mutate(cls: Any, module: Any, name: str, memo: Any, mutate_kwargs: Any) -> Any:
+        made = theirs(cls, module, name, memo, mutate_kwargs)
+        if made is not None:
+            # Not as a submodule: its weights are not the supernet's.
+            made.__dict__["_replaced"] = module
+        return made
+
+    cell.mutate = classmethod(mutate)
+    cell.freeze = _freeze_cell
+
+
+def _freeze_cell(self: Any, sample: Mapping[str, Any]) -> Any:
+    replaced = self.__dict__["_replaced"]
+    if replaced.merge_op != "all":
+        raise NotImplementedError(
+            f"cell {self.label}: merge_op={replaced.merge_op} has other outputs alone than within a supernet, so that "
+            "no weights can be inherited; build it anew"
+        )
+    cell = replaced.freeze(sample)
+    cell.preprocessor, cell.postprocessor = self.preprocessor, self.postprocessor
+    for i, operations in enumerate(cell.ops, start=self.num_predecessors):
+        for k, operation in enumerate(operations):
+            source = sample[f"{self.label}/input_{i}_{k}"][0]
+            weights = self.ops[i - self.num_predecessors][source][sample[f"{self.label}/op_{i}_{k}"]]
+            operation.load_state_dict(weights.state_dict())
+    return cell

@@ -1,0 +1,92 @@
+"""Every space of NNI's hub with every kind of supernet: two batches, what was found, and its weights.
+
+What cannot be is refused in a sentence that says why, and what serves.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+from oneshot_spaces import Classifier, loader, nas
+
+from lightning_optcore.callbacks import DifferentiableSearch, SampledTraining
+from lightning_optcore.nas.supernet import (
+    SupernetError,
+    best_architecture,
+    choose,
+    sample_of,
+    smallest,
+    sub_network,
+    supernet,
+)
+
+CELLS = {"width": 4, "num_cells": 3, "dataset": "cifar"}
+TRANSFORMER = {
+    "search_embed_dim": (48, 96),
+    "search_mlp_ratio": (2.0, 3.0),
+    "search_num_heads": (3,),
+    "search_depth": (2, 3),
+    "patch_size": 16,
+    "img_size": 64,
+}
+# Name, options, pixels, and the kinds that are refused.
+SPACES = {
+    "NasBench201": ({"stem_out_channels": 8, "num_modules_per_stack": 1}, 32, {}),
+    "DARTS": (CELLS, 32, {"proxyless": "is a cell; kind=darts"}),
+    "ENAS": (CELLS, 32, {"proxyless": "is a cell; kind=darts"}),
+    "NASNet": (CELLS, 32, {"proxyless": "is a cell; kind=darts"}),
+    "MobileNetV3Space": (
+        {"num_labels": 10, "width_multipliers": (0.25, 0.5)},
+        32,
+        {"proxyless": r"`stem\.0` \(MutableConv2d\) chooses a size"},
+    ),
+    "ProxylessNAS": ({"num_labels": 10, "width_mult": 0.25}, 32, {}),
+    "ShuffleNetSpace": ({"num_labels": 10}, 64, {}),
+    "AutoFormer": ({**TRANSFORMER, "num_labels": 10}, 64, {"proxyless": "`patch_embed` .* chooses a size"}),
+    "NasBench101": (
+        {"stem_out_channels": 8, "num_stacks": 1},
+        32,
+        dict.fromkeys(("sampled", "darts", "gumbel_darts", "proxyless"), "any number of inputs; expected n_chosen"),
+    ),
+}
+# NNI builds these anew.
+NOTHING_INHERITED = {"DARTS", "ENAS", "NASNet"}
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    logging.getLogger("nni").setLevel(logging.ERROR)
+
+
+@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("kind", ["sampled", "darts", "gumbel_darts", "proxyless"])
+def test_a_space_of_the_hub(make_trainer, name, kind):
+    options, pixels, refused = SPACES[name]
+    seed_everything(0, verbose=False)
+    space = getattr(nas.hub, name)(**options)
+    if kind in refused:
+        with pytest.raises(SupernetError, match=refused[kind]):
+            supernet(space, kind)
+        return
+    network = supernet(space, kind)
+    search = SampledTraining() if kind == "sampled" else DifferentiableSearch(learning_rate=0.1)
+    make_trainer(search, limit_train_batches=2).fit(Classifier(network), loader(8, pixels, channels=3, size=2))
+    architecture = smallest(network) if kind == "sampled" else best_architecture(network)
+    sample_of(network, architecture)
+    images = torch.randn(2, 3, pixels, pixels)
+    if name in NOTHING_INHERITED:
+        with pytest.raises(SupernetError, match=f"NNI builds a sub-network of {name} anew"):
+            sub_network(network, architecture)
+        assert space.freeze(sample_of(network, architecture))(images) is not None
+        return
+    alone = sub_network(network.eval(), architecture)
+    with torch.no_grad():
+        output = alone(images)
+        if kind in ("sampled", "proxyless"):
+            choose(network, architecture)
+            torch.testing.assert_close(output, network(images), rtol=1e-4, atol=1e-4)
+    built = space.freeze(sample_of(network, architecture))
+    assert {k: v.shape for k, v in alone.state_dict().items()} == {k: v.shape for k, v in built.state_dict().items()}
