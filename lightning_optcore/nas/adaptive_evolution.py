@@ -3,7 +3,9 @@
 Operations, bytes and parameters of a network are exact before it is trained, and its latency follows from a table; only
 its quality is learned, by the Gaussian process of :mod:`~lightning_optcore.search.surrogate`. Who is trained is chosen
 by the gain in hypervolume of the optimistic quality at the exact cost, over the front as the model smooths it; every
-fifth is the one of the greatest optimistic quality. How often a value stands in an architecture is a feature (White et al., "A Study on Encodings for Neural Architecture
+fifth is the one of the greatest optimistic quality.
+
+How often a value stands in an architecture is a feature (White et al., "A Study on Encodings for Neural Architecture
 Search", NeurIPS 2020), and so are zero-cost proxies (White et al., "How Powerful are Performance Predictors in Neural
 Architecture Search?", NeurIPS 2021).
 
@@ -23,7 +25,7 @@ from lightning_optcore.search.searcher import Candidate, Direction, SearchError
 from lightning_optcore.search.space import Choice, Params, Space, key_of
 from lightning_optcore.search.surrogate import Surrogate, most_promising
 
-KnownCosts = Callable[[Params], Mapping[int, float]]
+KnownCosts = Callable[[Params], Mapping[int, float] | None]
 Proxies = Callable[[Params], Sequence[float]]
 
 # Of so many random points for each one that is needed, the first trials are those that differ most.
@@ -41,7 +43,8 @@ class AdaptiveEvolution(Evolutionary):
         seed: Makes the candidates repeatable.
         initial: Points to try first, e.g. the default configuration.
         known_costs: Returns, of a point, the objectives that are known before it is tried, by their number and in
-            their own direction: ``{1: flops}``. It must return the same numbers whenever it is asked.
+            their own direction: ``{1: flops}``. It must return the same numbers whenever it is asked; ``None``, where
+            a network cannot be built, stands for the worst.
         proxies: Returns, of a point, figures that hint at its quality, always as many: features of the model, by rank.
         pool_size: How many children are screened at a time.
         random_points: How many random points are screened with them.
@@ -130,8 +133,9 @@ class AdaptiveEvolution(Evolutionary):
         waiting = [candidate.params for candidate in self.pending]
         points = [*tried, *waiting, *bad, *(self.space.decode(genome) for genome in children)]
         costs = np.array([self.costs_of(trial) for trial in good])
-        known = sorted(self._known(tried[0]))
-        exact = np.array([[self._known(params)[j] for j in known] for params in points])
+        known = sorted(next((one for params in tried if (one := self._known(params))), {}))
+        exact = np.array([[self._known(params).get(j, np.nan) for j in known] for params in points])
+        exact = np.where(np.isnan(exact), np.nanmax(exact, axis=0, initial=-np.inf), exact)
         low, high = _scale(costs)
         if known:
             low[known], high[known] = exact.min(0), np.maximum(exact.max(0), exact.min(0) + 1e-12)
@@ -166,10 +170,10 @@ class AdaptiveEvolution(Evolutionary):
             return {}
         key = key_of(params)
         if key not in self._known_by_key:
-            told = {int(j): float(value) for j, value in self.known_costs(params).items()}
+            told = {int(j): float(value) for j, value in (self.known_costs(params) or {}).items()}
             numbers = set(range(len(self.directions)))
-            first = next(iter(self._known_by_key.values()), told)
-            if not told.keys() <= numbers or told.keys() != first.keys():
+            first = next((costs for costs in self._known_by_key.values() if costs), told)
+            if told and (not told.keys() <= numbers or told.keys() != first.keys()):
                 raise SearchError(
                     f"known_costs returned the objectives {sorted(told)} of {params}: expected numbers of objectives "
                     f"within 0 to {max(numbers)}, the same for every point"

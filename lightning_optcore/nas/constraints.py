@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_optcore.measurement.yardstick import static_costs
@@ -39,7 +40,6 @@ class Constraints:
         SearchError: If a limit is unknown or not positive, or ``latency_ms`` has nothing that predicts it.
 
     Example:
-        >>> import torch
         >>> def build(architecture):
         ...     return nn.Linear(4, architecture["width"])
         >>> constraints = Constraints({"params": 50}, build, torch.zeros(1, 4))
@@ -89,7 +89,9 @@ class Constraints:
         """
         key = key_of(architecture)
         if key not in self._costs:
-            network = self._build(dict(architecture))
+            # Weights of no meaning are drawn here, which a training must not notice.
+            with torch.random.fork_rng(devices=[]):
+                network = self._build(dict(architecture))
             self._costs[key] = static_costs(network, self._example_inputs)
             if self._latency is not None:
                 self._costs[key]["latency_ms"] = float(self._latency(network, self._example_inputs))

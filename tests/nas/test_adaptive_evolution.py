@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from lightning_optcore.nas import adaptive_evolution
 from lightning_optcore.nas.adaptive_evolution import AdaptiveEvolution
 from lightning_optcore.search import Evolutionary, Random, SearchError, Space, hypervolume
 
@@ -132,6 +133,19 @@ def test_what_is_known_is_taken_and_not_learned():
     assert max(trial.objectives[0] for trial in searcher.trials[10:]) <= 1
 
 
+def test_what_cannot_be_built_is_taken_for_the_worst():
+    space = Space({"a": "range(0,40)", "b": "range(0,40)"})
+    searcher = AdaptiveEvolution(
+        space, ["minimize"], seed=0, known_costs=lambda params: {0: params["a"]} if params["b"] % 2 else None
+    )
+    for _ in range(25):
+        (candidate,) = searcher.ask()
+        built = candidate.params["b"] % 2
+        searcher.tell(candidate, candidate.params["a"] if built else None)
+    assert all(trial.objectives is not None for trial in searcher.trials[10:])
+    assert any(trial.objectives is None for trial in searcher.trials[:10])
+
+
 def test_a_proxy_that_tells_the_quality_is_used():
     rng = np.random.default_rng(0)
     riddle = {(a, b): rng.random() for a in range(30) for b in range(30)}
@@ -145,6 +159,17 @@ def test_a_proxy_that_tells_the_quality_is_used():
         return np.mean([trial.objectives[0] for trial in run(searcher, quality, 30).trials[15:]])
 
     assert mean_of_the_late(proxies=lambda params: [np.exp(50 * quality(params))]) > 0.9 > mean_of_the_late()
+
+
+def test_every_fifth_goes_for_the_best_quality(monkeypatch):
+    monkeypatch.setattr(adaptive_evolution, "most_promising", lambda bounds, front, count: list(range(count)))
+    searcher = AdaptiveEvolution(
+        layers_space(), DIRECTIONS, seed=0, known_costs=lambda params: {1: layers_cost(params)}
+    )
+    run(searcher, lambda params: [layers_quality(params), layers_cost(params)], 45)
+    qualities = np.array([trial.objectives[0] for trial in searcher.trials])
+    fifth = np.arange(45) % 5 == 0
+    assert qualities[20:][fifth[20:]].min() > np.percentile(qualities[20:][~fifth[20:]], 75)
 
 
 def test_the_first_trials_are_spread():

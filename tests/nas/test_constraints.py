@@ -60,7 +60,7 @@ def test_where_nothing_fits_the_smallest_is_said():
     roomy.check_met()
 
 
-def test_a_network_is_built_once():
+def test_a_network_is_built_once_and_leaves_the_random_numbers_alone():
     built = []
 
     def counting(architecture):
@@ -68,8 +68,10 @@ def test_a_network_is_built_once():
         return build(architecture)
 
     constraints = Constraints({"params": 100}, counting, EXAMPLE)
+    state = torch.get_rng_state()
     constraints({"width": 2}), constraints.violation({"width": 2}), constraints.costs({"width": 2})
     assert built == [{"width": 2}]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_is_known_before_training_serves_the_search():
