@@ -33,6 +33,8 @@ bench: $(VENV)/.installed-bench  ## run the benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sentence_embeddings.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profiling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_tables.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_latency.py
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

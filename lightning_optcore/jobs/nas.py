@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 _PROGRAM = "optcore train"
 _SHOWN = 10
 _OBJECTIVE = ["val/acc", "latency_ms", "size_bytes"]
-_UNBUILT = 1e15
 # What a search has and a training has not, or not in the same sense.
 _NOT_CARRIED = ("objective", "job", "experiment", "nas")
 
@@ -221,16 +220,16 @@ def _report(store: str, sweep_id: int) -> Path | None:
         return None
 
 
-def _known_costs(evaluator: ConfiguredEvaluator, names: list[str]) -> Callable[[Architecture], dict[int, float]]:
+def _known_costs(evaluator: ConfiguredEvaluator, names: list[str]) -> Callable[[Architecture], dict[int, float] | None]:
     """Return what tells a strategy the objectives that are known before a training, by their number."""
 
-    def known(architecture: Architecture) -> dict[int, float]:
+    def known(architecture: Architecture) -> dict[int, float] | None:
         try:
             costs = evaluator.estimate(architecture)
         except Exception as error:
             log.debug("no estimate of %s: %s", architecture, error)
-            # What cannot be built is the last that is worth a training.
-            return {i: _UNBUILT for i, name in enumerate(names) if name in COSTS}
+            # What cannot be built is the last that is worth a training; a great number would set the scale of the rest.
+            return None
         # A latency is only predicted.
         return {i: costs[name] for i, name in enumerate(names) if name in COSTS and name in costs}
 

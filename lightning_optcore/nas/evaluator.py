@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,12 @@ class LightningEvaluator:
         callbacks = list(self._callbacks())
         root = {"default_root_dir": str(directory)} if directory is not None else {}
         trainer = self._trainer(callbacks=callbacks, **root)
-        trainer.fit(model, datamodule=data)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+        with _interruptible(trainer):
+            trainer.fit(model, datamodule=data)
         quality = _floats(trainer.callback_metrics)
         if self._test:
-            trainer.test(model, datamodule=data, verbose=False)
+            with _interruptible(trainer):
+                trainer.test(model, datamodule=data, verbose=False)
             quality.update(_floats(trainer.callback_metrics))
         bad = [f"{name} is {value}" for name, value in quality.items() if "loss" in name and not math.isfinite(value)]
         if bad:
@@ -173,6 +174,19 @@ class LightningEvaluator:
             for role, measurement in measurements.items():
                 store.add_measurement(run_id, role, measurement)
             store.finish(run_id)
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C end the search: Lightning turns it into a plain end of the process, or of the fit."""
+    try:
+        yield
+    except SystemExit as end:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from end
+        raise
+    if trainer.interrupted:
+        raise KeyboardInterrupt
 
 
 def _changes_networks(callback: Callback) -> bool:

@@ -96,6 +96,24 @@ def test_a_network_that_does_not_fit_the_data_is_a_failed_trial(tmp_path):
         assert all(run.objectives["latency_ms"] > 0 for run in runs)
 
 
+def test_ctrl_c_ends_the_search_and_fails_no_trial(tmp_path):
+    pressed = []
+
+    class Pressed(Callback):
+        def on_train_batch_start(self, *_):
+            if not pressed:
+                pressed.append(True)
+                raise KeyboardInterrupt
+
+    evaluate = evaluator(limits={"limit_train_batches": 1, "limit_val_batches": 1}, callbacks=lambda: [Pressed()])
+    options = {"objectives": "val/acc", "strategy": "grid", "max_trials": 1, "store": tmp_path / "optcore.db"}
+    with pytest.raises(KeyboardInterrupt):
+        search(SPACE, evaluate, **options, show=False)
+    found = search(SPACE, evaluate, **options, show=False)
+    assert found.sweep_id == 1
+    assert found.history[0].failure is None
+
+
 class Explodes(Callback):
     def on_train_batch_start(self, trainer, pl_module, *_):
         with torch.no_grad():
