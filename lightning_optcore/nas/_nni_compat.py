@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,8 @@ def nni_nas() -> SimpleNamespace:
         for part in ("base", "differentiable", "proxyless"):
             importlib.import_module(f"{names['supermodule']}.{part}")
     parts.pop("operation").MixedOperation.freeze = _freeze_operation
+    # It logs every weight of a cell whenever an architecture is asked for.
+    logging.getLogger("nni.nas.oneshot").setLevel(logging.WARNING)
     _mend_weighted_sum(parts["expressions"])
     _mend_cells(parts.pop("sampling").PathSamplingCell)
     return SimpleNamespace(nni=nni, **parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 
 import pytest
@@ -96,6 +97,19 @@ def test_several_inputs_are_named_by_a_number():
     darts = supernet(Cells(), "darts")
     assert all(isinstance(value, int) for label, value in best_architecture(darts).items() if "input" in label)
     sub_network(darts, best_architecture(darts))
+
+
+def test_what_is_favoured_in_cells_is_found_quietly():
+    seen = []
+    logger = logging.getLogger(nas.supermodule.differentiable.__name__)
+    handler = logging.Handler()
+    handler.emit = seen.append
+    logger.addHandler(handler)
+    try:
+        assert best_architecture(supernet(Cells(), "darts"))
+    finally:
+        logger.removeHandler(handler)
+    assert not seen
 
 
 def test_the_space_itself_stays_a_space():
