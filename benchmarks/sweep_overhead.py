@@ -159,7 +159,7 @@ def _continued(folder: Path, searcher: str, behind: int) -> tuple[Path, list[str
     """Write a sweep of so many finished trials into a store, and return how it is continued."""
     folder.mkdir()
     space = Space(read_template(PARAMS, []).space)
-    more = {"generations": 10_000} if searcher == "evolutionary" else {}
+    more = {"generations": 10_000} if searcher in ("evolutionary", "swarm") else {}
     one = instantiate(SEARCHERS[searcher] | more, space, DIRECTIONS, seed=0)
     with Store(folder / "store.db") as store:
         journal = Journal(store)
