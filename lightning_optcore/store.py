@@ -27,7 +27,7 @@ from lightning_optcore.measurement.directions import Direction, direction_of
 from lightning_optcore.measurement.measurement import Measurement
 
 STATUSES = ("running", "done", "failed", "interrupted")
-_BUSY_TIMEOUT_MS = 60_000
+_BUSY_TIMEOUT_S = 60
 
 
 class StoreError(RuntimeError):
@@ -112,9 +112,12 @@ class Store:
         if self._is_sqlite and self._url.database:
             with self._explained():
                 Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
-        self._engine = sa.create_engine(self._url, poolclass=sa.pool.NullPool if self._is_sqlite else None)
         if self._is_sqlite:
+            waiting = {"timeout": _BUSY_TIMEOUT_S}
+            self._engine = sa.create_engine(self._url, poolclass=sa.pool.NullPool, connect_args=waiting)
             _configure_sqlite(self._engine)
+        else:
+            self._engine = sa.create_engine(self._url)
         self._migrate()
 
     def __enter__(self) -> Store:
@@ -388,10 +391,16 @@ class Store:
             yield connection
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        """Give a connection within one transaction, which an exception takes back."""
+    def writing(self, *, durable: bool = True) -> Iterator[Connection]:
+        """Give a connection within one transaction, which an exception takes back.
+
+        Args:
+            durable: Whether it is kept through a power cut. A process that is killed loses nothing either way.
+        """
         with self._explained(), self._engine.connect() as connection:
             if self._is_sqlite:
+                if not durable:
+                    connection.exec_driver_sql("PRAGMA synchronous = NORMAL")
                 # Take the write lock at once: upgrading a read lock later can fail with SQLITE_BUSY.
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
@@ -475,7 +484,6 @@ def _configure_sqlite(engine: Engine) -> None:
         # Transactions are begun by us: the driver would begin them late and deferred.
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
         cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()

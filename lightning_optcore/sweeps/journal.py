@@ -27,6 +27,32 @@ JOURNAL_VERSION = 1
 ENDED = ("done", "failed", "pruned")
 
 
+# What every trial runs: statements take longer to build than SQLite to execute.
+_OF_JOB = (
+    tables.trials.c.sweep_id == sa.bindparam("of_sweep"),
+    tables.trials.c.job_num == sa.bindparam("of_job"),
+)
+_UPDATE_JOB = sa.update(tables.trials).where(*_OF_JOB)
+_SELECT_JOB = sa.select(tables.trials).where(*_OF_JOB)
+_SELECT_BATCH = (
+    sa.select(tables.trials)
+    .where(tables.trials.c.sweep_id == sa.bindparam("of_sweep"), tables.trials.c.batch == sa.bindparam("of_batch"))
+    .order_by(tables.trials.c.number)
+)
+_SELECT_MEASURED = (
+    sa.select(tables.trials)
+    .where(
+        tables.trials.c.fingerprint == sa.bindparam("of_fingerprint"),
+        tables.trials.c.status == "done",
+        tables.trials.c.objectives.is_not(None),
+        tables.trials.c.cached_from.is_(None),
+    )
+    .order_by(tables.trials.c.finished_at.desc())
+)
+_INSERT_TRIALS = sa.insert(tables.trials)
+_UPDATE_STATE = sa.update(tables.sweeps).where(tables.sweeps.c.id == sa.bindparam("of_sweep"))
+
+
 class SweepError(ValueError):
     """A sweep that cannot be run as asked; the message names the key, the value and what would be right."""
 
@@ -200,9 +226,8 @@ class Journal:
             for record in records
         ]
         with self._store.writing() as connection:
-            connection.execute(sa.insert(tables.trials), rows)
-            table = tables.sweeps
-            connection.execute(sa.update(table).where(table.c.id == sweep_id).values(state=json.dumps(state)))
+            connection.execute(_INSERT_TRIALS, rows)
+            connection.execute(_UPDATE_STATE, {"of_sweep": sweep_id, "state": json.dumps(state)})
         return records
 
     def renumber(self, sweep_id: int, numbers: Sequence[int], first_job_num: int) -> None:
@@ -226,11 +251,12 @@ class Journal:
     def trials(self, sweep_id: int, *, batch: int | None = None, first: int = 0) -> list[TrialRecord]:
         """Return the trials of a sweep, or of one batch of it, in the order of asking, from a number on."""
         table = tables.trials
-        query = sa.select(table).where(table.c.sweep_id == sweep_id, table.c.number >= first).order_by(table.c.number)
-        if batch is not None:
-            query = query.where(table.c.batch == batch)
         with self._store.reading() as connection:
-            return [_trial(row) for row in connection.execute(query)]
+            if batch is not None:
+                rows = connection.execute(_SELECT_BATCH, {"of_sweep": sweep_id, "of_batch": batch})
+                return [_trial(row) for row in rows if row.number >= first]
+            query = sa.select(table).where(table.c.sweep_id == sweep_id, table.c.number >= first)
+            return [_trial(row) for row in connection.execute(query.order_by(table.c.number))]
 
     def trial(self, sweep_id: int, number: int) -> TrialRecord:
         """Return a trial by its number.
@@ -257,21 +283,27 @@ class Journal:
             found.append(self.trial(sweep_id, parent))
         return found[::-1]
 
-    def start_trial(self, sweep_id: int, job_num: int, directory: str, fingerprint: str | None) -> TrialRecord:
-        """Write that a job runs its trial, and return that.
+    def start_trial(
+        self, sweep_id: int, job_num: int, directory: str, fingerprint: str | None = None, objectives: int = 1
+    ) -> tuple[TrialRecord, TrialRecord | None]:
+        """Write that a job runs its trial.
+
+        Returns:
+            The trial, and the newest one of any sweep that was measured with the same fingerprint and as many
+            objectives.
 
         Raises:
-            StoreError: If the job has none.
+            StoreError: If the job has no trial.
         """
-        table = tables.trials
-        where = (table.c.sweep_id == sweep_id, table.c.job_num == job_num)
+        job = {"of_sweep": sweep_id, "of_job": job_num}
         values = {"status": "running", "directory": directory, "fingerprint": fingerprint, "started_at": now()}
-        with self._store.writing() as connection:
-            connection.execute(sa.update(table).where(*where).values(values))
-            row = connection.execute(sa.select(table).where(*where)).first()
-        if row is None:
-            raise StoreError(f"job {job_num} of sweep {sweep_id} is not in the journal")
-        return _trial(row)
+        # Lost in a power cut, it is written again by the trial's next start.
+        with self._store.writing(durable=False) as connection:
+            connection.execute(_UPDATE_JOB, {**job, **values})
+            row = connection.execute(_SELECT_JOB, job).first()
+            if row is None:
+                raise StoreError(f"job {job_num} of sweep {sweep_id} is not in the journal")
+            return _trial(row), None if fingerprint is None else _measured(connection, fingerprint, objectives)
 
     def end_trial(
         self,
@@ -290,19 +322,6 @@ class Journal:
             "finished_at": now(),
         }
         self._set_trial(trial, values)
-
-    def by_fingerprint(self, fingerprint: str, objectives: int) -> TrialRecord | None:
-        """Return the newest trial of any sweep that was measured with a fingerprint and as many objectives."""
-        table = tables.trials
-        query = sa.select(table).where(
-            table.c.fingerprint == fingerprint,
-            table.c.status == "done",
-            table.c.objectives.is_not(None),
-            table.c.cached_from.is_(None),
-        )
-        with self._store.reading() as connection:
-            found = [_trial(row) for row in connection.execute(query.order_by(table.c.finished_at.desc()))]
-        return next((trial for trial in found if len(trial.objectives or ()) == objectives), None)
 
     def report(self, sweep_id: int, number: int, step: int, value: float) -> None:
         """Write an intermediate value of a trial; one of the same step is replaced."""
@@ -325,15 +344,10 @@ class Journal:
         return values
 
     def _set_trial(self, trial: TrialRecord, values: Mapping[str, Any]) -> None:
-        table = tables.trials
-        # The job's number as well: a worker may outlive its sweep.
-        where = (
-            table.c.sweep_id == trial.sweep_id,
-            table.c.number == trial.number,
-            table.c.job_num == trial.job_num,
-        )
+        # By the job's number: a worker may outlive its sweep, and its trial run again as another job.
+        job = {"of_sweep": trial.sweep_id, "of_job": trial.job_num}
         with self._store.writing() as connection:
-            connection.execute(sa.update(table).where(*where).values(**values))
+            connection.execute(_UPDATE_JOB, {**job, **values})
 
 
 def open_journal(path: str) -> Journal:
@@ -344,6 +358,11 @@ def open_journal(path: str) -> Journal:
 @lru_cache(maxsize=8)
 def _journal_of_process(path: str, process: int) -> Journal:
     return Journal(Store(path))
+
+
+def _measured(connection: Connection, fingerprint: str, objectives: int) -> TrialRecord | None:
+    found = map(_trial, connection.execute(_SELECT_MEASURED, {"of_fingerprint": fingerprint}))
+    return next((trial for trial in found if len(trial.objectives or ()) == objectives), None)
 
 
 def _find(connection: Connection, sweep_id: int) -> SweepRecord:

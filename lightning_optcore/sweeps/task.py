@@ -76,8 +76,8 @@ class TrialTask:
         hydra = HydraConfig.get()
         journal = open_journal(self.store)
         mark = self._fingerprint(config)
-        trial = journal.start_trial(self.sweep_id, int(hydra.job.num), str(hydra.runtime.output_dir), mark)
-        same = journal.by_fingerprint(mark, self.objectives) if mark is not None else None
+        folder = str(hydra.runtime.output_dir)
+        trial, same = journal.start_trial(self.sweep_id, int(hydra.job.num), folder, mark, self.objectives)
         if same is not None and same.objectives is not None:
             source = f"trial {same.number} of sweep {same.sweep_id}"
             log.info("trial %d: as %s (same configuration, code, data and machine)", trial.number, source)
