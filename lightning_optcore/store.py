@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,9 +112,7 @@ class Store:
             with self._explained():
                 Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
         if self._is_sqlite:
-            waiting = {"timeout": _BUSY_TIMEOUT_S}
-            self._engine = sa.create_engine(self._url, poolclass=sa.pool.NullPool, connect_args=waiting)
-            _configure_sqlite(self._engine)
+            self._engine = self._sqlite_engine(sa.pool.NullPool)
         else:
             self._engine = sa.create_engine(self._url)
         self._migrate()
@@ -346,7 +343,7 @@ class Store:
             version = _version_of(connection)
         if version < tables.SCHEMA_VERSION:
             if self._is_sqlite:
-                # The file keeps this.
+                # Readers and a writer work at once; the file keeps this.
                 with self.reading() as connection:
                     connection.exec_driver_sql("PRAGMA journal_mode = WAL")
             with self.writing() as connection:
@@ -399,8 +396,8 @@ class Store:
         """
         with self._explained(), self._engine.connect() as connection:
             if self._is_sqlite:
-                if not durable:
-                    connection.exec_driver_sql("PRAGMA synchronous = NORMAL")
+                level = "FULL" if durable else "NORMAL"
+                connection.exec_driver_sql(f"PRAGMA synchronous = {level}")
                 # Take the write lock at once: upgrading a read lock later can fail with SQLITE_BUSY.
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             try:
@@ -412,22 +409,29 @@ class Store:
 
     @contextmanager
     def held_open(self) -> Iterator[None]:
-        """Keep SQLite's file open within the block.
+        """Keep a connection from one transaction to the next within the block.
 
-        Whoever closes a file last folds the write-ahead log into it: many short transactions, of this and of other
-        processes, are several times faster while one connection stays.
+        Whoever closes SQLite's file last folds the write-ahead log into it: many short transactions, of this and of
+        other processes, are several times faster while one connection stays.
         """
-        if not self._is_sqlite or self._url.database in (None, "", ":memory:"):
+        if not self._is_sqlite:
             yield
             return
-        held = _HeldOpen(str(self._url.database))
-        _held.append(held)
-        held.open()
+        single, self._engine = self._engine, self._sqlite_engine(sa.pool.QueuePool)
+        _held.append(self._engine)
         try:
+            with self.reading() as connection:
+                connection.exec_driver_sql("PRAGMA user_version")
             yield
         finally:
-            _held.remove(held)
-            held.close()
+            _held.remove(self._engine)
+            self._engine.dispose()
+            self._engine = single
+
+    def _sqlite_engine(self, pool: type[sa.pool.Pool]) -> Engine:
+        engine = sa.create_engine(self._url, poolclass=pool, connect_args={"timeout": _BUSY_TIMEOUT_S})
+        _configure_sqlite(engine)
+        return engine
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -440,51 +444,27 @@ class Store:
             raise StoreError(f"store.path={self._name}: {error.strerror}; {_remedy('')}") from error
 
 
-class _HeldOpen:
-    """A connection that does nothing."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._connection: sqlite3.Connection | None = None
-
-    def open(self) -> None:
-        # Whatever thread forks closes it.
-        self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        self._connection.execute("PRAGMA user_version").fetchone()
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-
-
-_held: list[_HeldOpen] = []
+_held: list[Engine] = []
 
 
 def _close_held() -> None:
-    for held in _held:
-        held.close()
-
-
-def _reopen_held() -> None:
-    for held in _held:
-        held.open()
+    for engine in _held:
+        engine.dispose()
 
 
 if hasattr(os, "register_at_fork"):
     # SQLite's locks do not pass to a forked process, which would take itself to have them.
-    os.register_at_fork(before=_close_held, after_in_parent=_reopen_held, after_in_child=_held.clear)
+    os.register_at_fork(before=_close_held)
 
 
 def _configure_sqlite(engine: Engine) -> None:
-    """WAL lets readers and a writer work at once; FULL keeps what was committed through a power cut."""
+    """Let us begin transactions, and check foreign keys."""
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _: Any) -> None:
         # Transactions are begun by us: the driver would begin them late and deferred.
         connection.isolation_level = None
         cursor = connection.cursor()
-        cursor.execute("PRAGMA synchronous = FULL")
         cursor.execute("PRAGMA foreign_keys = ON")
         cursor.close()
 

@@ -247,3 +247,25 @@ def test_killed_writers_lose_nothing_that_was_committed(tmp_path):
 
 def whole_lines(log: Path) -> list[str]:
     return [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_a_store_that_is_held_open_is_closed_in_a_forked_process(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from lightning_optcore.store import Store\n"
+        "def opened(): return [one for one in Path('/proc/self/fd').iterdir() if 'a.db' in os.path.realpath(one)]\n"
+        "with Store('a.db') as store, store.held_open():\n"
+        "    store.start('train')\n"
+        "    assert opened()\n"
+        "    if os.fork() == 0:\n"
+        "        assert not opened()\n"
+        "        Store('a.db').start('train')\n"
+        "        os._exit(0)\n"
+        "    assert os.wait()[1] == 0\n"
+        "    store.start('train')\n"
+        "    assert opened() and len(store.runs()) == 3\n"
+        "assert not opened()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -25,9 +25,8 @@ from lightning_optcore.search.grammar import override_text, parameter_of
 from lightning_optcore.search.sampling import Grid
 from lightning_optcore.search.searcher import Candidate, Searcher, Trial, trial_dict
 from lightning_optcore.search.space import Choice, Parameter, Space
-from lightning_optcore.store import Store
 from lightning_optcore.sweeps.display import LiveTable
-from lightning_optcore.sweeps.journal import Journal, SweepError, SweepRecord, TrialRecord
+from lightning_optcore.sweeps.journal import SweepError, SweepRecord, TrialRecord, held_journal
 from lightning_optcore.sweeps.results import write_results
 from lightning_optcore.sweeps.task import TrialTask
 
@@ -203,8 +202,7 @@ class Sweep:
             SweepError: If it cannot be resumed, too many trials failed, or none succeeded.
         """
         path = str(self._store_path())
-        with Store(path) as store, store.held_open():
-            self._journal = Journal(store)
+        with held_journal(path) as self._journal:
             resumed = self._resumed()
             record = resumed or self._begun()
             self._sweep_id = record.id

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -350,9 +351,23 @@ class Journal:
             connection.execute(_UPDATE_JOB, {**job, **values})
 
 
+@contextmanager
+def held_journal(path: str) -> Iterator[Journal]:
+    """Give the journal in a store that is held open within the block; :func:`open_journal` gives the same here."""
+    with Store(path) as store, store.held_open():
+        journal = _shared[path, os.getpid()] = Journal(store)
+        try:
+            yield journal
+        finally:
+            del _shared[path, os.getpid()]
+
+
 def open_journal(path: str) -> Journal:
     """Return the journal in a store; a process opens each store once, and compiles each query once."""
-    return _journal_of_process(path, os.getpid())
+    return _shared.get((path, os.getpid())) or _journal_of_process(path, os.getpid())
+
+
+_shared: dict[tuple[str, int], Journal] = {}
 
 
 @lru_cache(maxsize=8)
