@@ -74,7 +74,7 @@ SEARCHERS: Dict[str, Dict[str, Any]] = {  # noqa: UP006
         "entanglement_strength": 0.8,
         "target": None,
     },
-    "swarm": {"_target_": "lightning_optcore.search.Swarm"},
+    "swarm": {"_target_": "lightning_optcore.search.Swarm", "generations": 50, "particles": 20},
     "optuna": {"_target_": "lightning_optcore.search.Optuna", "sampler": "multivariate_tpe"},
     "nni_tpe": {"_target_": "lightning_optcore.search.NNITuner", "tuner": "TPE"},
     "nni_evolution": {"_target_": "lightning_optcore.search.NNITuner", "tuner": "Evolution"},
