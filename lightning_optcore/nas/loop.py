@@ -31,7 +31,7 @@ from lightning_optcore.search.searcher import Candidate, SearchError, trial_dict
 from lightning_optcore.search.searcher import Trial as SearcherTrial
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.display import LiveTable
-from lightning_optcore.sweeps.journal import Journal, SweepError, SweepRecord, TrialRecord, open_journal
+from lightning_optcore.sweeps.journal import Journal, SweepError, SweepRecord, TrialRecord, held_journal, open_journal
 from lightning_optcore.sweeps.task import TrialPrunedError, described, named_trial
 
 log = logging.getLogger(__name__)
@@ -122,10 +122,9 @@ def search(
         target = _store_of(store, stack)
         if command is None:
             command = _identity(evaluate, strategy, directions, seed)
-        opened = stack.enter_context(Store(target))
-        stack.enter_context(opened.held_open())
+        journal = stack.enter_context(held_journal(target))
         run = _Search(
-            searcher, where.key, evaluate, directions, constraints, max_trials, n_jobs, opened, target, describe
+            searcher, where.key, evaluate, directions, constraints, max_trials, n_jobs, journal, target, describe
         )
         run.begin(command, resume, directory)
         if on_begin is not None:
@@ -145,7 +144,7 @@ class _Search:
         constraints: Constraints | None,
         max_trials: int,
         n_jobs: int,
-        store: Store,
+        journal: Journal,
         target: str,
         describe: Callable[[Path, Candidate], list[str]] | None,
     ) -> None:
@@ -158,7 +157,7 @@ class _Search:
         self._n_jobs = n_jobs
         self._target = target
         self._describe = describe
-        self._journal = Journal(store)
+        self._journal = journal
         self._batch = 0
         self._next_job_num = 0
         # The first trial of every architecture that has a result, by the key of its network.

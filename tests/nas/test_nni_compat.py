@@ -10,14 +10,11 @@ import pytest
 from lightning_optcore.nas import _nni_compat
 from lightning_optcore.nas._nni_compat import NNIError, nni_nas
 
-needs_nni = pytest.mark.skipif(not __import__("importlib").util.find_spec("nni"), reason="the extra nas")
-
 
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
 
 
-@needs_nni
 def test_nni_takes_modules_of_lightning():
     told = run(
         "import sys; from lightning_optcore.nas._nni_compat import nni_nas; nni_nas()\n"
@@ -103,7 +100,6 @@ tell(kept)
 """
 
 
-@needs_nni
 def test_what_a_shim_mends_fails_without_it():
     told = run(BROKEN)
     before, _, after = told.stdout.partition("mended\n")

@@ -261,7 +261,6 @@ def test_a_sweep_killed_at_random_moments_continues_to_the_same_end(tmp_path, la
     (tmp_path / "killed").mkdir()
     options = [*SPACE, "sleep=0.1", f"hydra.sweeper.n_trials={TRIALS}", "hydra.sweeper.n_jobs=2"]
     if launcher == "joblib":
-        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
         options += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     kills = finish_with_kills(tmp_path / "killed", KILLS, *options)
     assert kills == KILLS

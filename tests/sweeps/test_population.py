@@ -354,7 +354,6 @@ def test_a_sweep_that_was_killed_continues_to_the_same_end(whole, tmp_path):
 
 
 def test_optcore_train_over_processes(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     words = [
         *(sys.executable, "-m", "lightning_optcore.cli", "train", "-m", "hydra/sweeper=optcore"),
         *("hydra/sweeper/searcher=pbt", "hydra.sweeper.searcher.population_size=4", "hydra.sweeper.n_jobs=4"),

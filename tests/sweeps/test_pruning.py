@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import subprocess
@@ -71,10 +72,6 @@ def test_a_trial_launched_again_is_not_judged_by_its_first_life(tmp_path, monkey
 
 
 class TestNNI:
-    @pytest.fixture(autouse=True)
-    def _needs_nni(self):
-        pytest.importorskip("nni")
-
     def test_medianstop_compares_the_best_with_the_running_averages(self):
         completed = [{1: 0.6, 2: 0.2}, {1: 0.8, 2: 0.4}, {1: 1.0, 2: 0.6}]
         assert nni_rule({1: 0.9, 2: 0.61}, completed, min_trials=3) == (
@@ -108,7 +105,7 @@ class TestNNI:
 
     @pytest.mark.filterwarnings("error")
     def test_it_leaves_no_trace_in_the_training(self):
-        curves = pytest.importorskip("nni.algorithms.hpo.curvefitting_assessor.curvefunctions")
+        curves = importlib.import_module("nni.algorithms.hpo.curvefitting_assessor.curvefunctions")
         np.random.seed(3)
         random.seed(3)
         torch.manual_seed(3)
@@ -184,8 +181,6 @@ def _sweep_of(folder, monkeypatch, reports, statuses=None):
 
 @pytest.mark.parametrize("method", ["median", "nni_medianstop"])
 def test_a_sweep_of_trainings_ends_the_bad_ones_early(tmp_path, method):
-    if method == "nni_medianstop":
-        pytest.importorskip("nni")
     words = [
         str(sys.executable),
         *("-m", "lightning_optcore.cli", "train", "-m", "hydra/sweeper=optcore", "hydra/sweeper/searcher=grid"),
