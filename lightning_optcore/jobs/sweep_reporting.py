@@ -150,14 +150,13 @@ def _costs(sweep: SweepRecord, done: Sequence[TrialRecord]) -> np.ndarray:
 
 
 def _front(sweep: SweepRecord, records: Sequence[TrialRecord]) -> set[int]:
-    # What is done and has a failure exceeds a limit.
-    done = [record for record in records if record.objectives and not record.failure]
+    done = [record for record in records if record.feasible]
     mask = non_dominated(_costs(sweep, done))
     return {record.number for record, best in zip(done, mask, strict=True) if best}
 
 
 def _trial(record: TrialRecord, best: bool, program: str) -> Trial:
-    note = "".join((record.failure or "").splitlines()[:1])
+    note = record.reason if record.failure else ""
     if record.status == "pruned":
         note = note.removeprefix("pruned ")
     if record.cached_from:
