@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,19 +28,23 @@ def embedding_nodes(model: OnnxModel) -> list[str]:
     ]
 
 
-def with_int4_embeddings(model: OnnxModel) -> OnnxModel:
+def with_int4_embeddings(model: OnnxModel, nodes: Sequence[str] | None = None) -> OnnxModel:
     """Store the embeddings of a model in 4 bits, in blocks along a row, each with the scale of least squared error.
 
     The tables are looked up by ONNX Runtime's ``GatherBlockQuantized``, which unpacks the rows that are asked for.
+
+    Args:
+        model: A model in floating point, or with other layers quantized.
+        nodes: Names of the look-ups to change, out of :func:`embedding_nodes`; by default all.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     tables = {tensor.name: tensor for tensor in proto.graph.initializer}
-    chosen = set(embedding_nodes(model))
-    nodes = []
+    chosen = set(embedding_nodes(model) if nodes is None else nodes)
+    changed = []
     for node in proto.graph.node:
         if node.name not in chosen:
-            nodes.append(node)
+            changed.append(node)
             continue
         name = node.input[0]
         block = _block_of(tables[name])
@@ -50,7 +55,7 @@ def with_int4_embeddings(model: OnnxModel) -> OnnxModel:
             packed.raw_data = _packed(numbers)
             proto.graph.initializer.extend([packed, numpy_helper.from_array(scales, f"{name}_int4_scale")])
         attributes: dict[str, Any] = {"block_size": block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
-        nodes.append(
+        changed.append(
             helper.make_node(
                 "GatherBlockQuantized",
                 [f"{name}_int4", node.input[1], f"{name}_int4_scale"],
@@ -61,7 +66,7 @@ def with_int4_embeddings(model: OnnxModel) -> OnnxModel:
             )
         )
     del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    proto.graph.node.extend(changed)
     if not any(opset.domain == "com.microsoft" for opset in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     used = {name for node in proto.graph.node for name in node.input}

@@ -158,10 +158,15 @@ def _dynamic(model: OnnxModel, excluded: Sequence[str], only: Sequence[str], red
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(excluded),
-            nodes_to_quantize=list(only),
+            nodes_to_exclude=_as_products(excluded),
+            nodes_to_quantize=_as_products(only),
         )
         return OnnxModel(target.read_bytes(), model.signature)
+
+
+def _as_products(nodes: Sequence[str]) -> list[str]:
+    """Return names also as ONNX Runtime has them once it has written every Gemm as a product."""
+    return [*nodes, *(f"{name}_MatMul" for name in nodes)]
 
 
 def quantizable_nodes(model: OnnxModel, scheme: Scheme) -> list[str]:
