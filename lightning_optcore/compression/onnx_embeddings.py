@@ -10,12 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lightning_optcore.compression.onnx_model import OnnxModel
-
-# A smaller table is not worth a scale per block.
-_FEWEST_ROWS = 256
-_BLOCKS = (64, 32, 16)
-# The best scale of a block is seldom the one that its largest value asks for.
-_SCALE_FACTORS = np.linspace(0.6, 1.05, 19)
+from lightning_optcore.compression.rounding import SCALE_FACTORS, embedding_block
 
 
 def embedding_nodes(model: OnnxModel) -> list[str]:
@@ -77,9 +72,9 @@ def with_int4_embeddings(model: OnnxModel, nodes: Sequence[str] | None = None) -
 
 
 def _block_of(table: TensorProto) -> int | None:
-    if table.data_type != TensorProto.FLOAT or len(table.dims) != 2 or table.dims[0] < _FEWEST_ROWS:
+    if table.data_type != TensorProto.FLOAT or len(table.dims) != 2:
         return None
-    return next((block for block in _BLOCKS if table.dims[1] % block == 0), None)
+    return embedding_block(*table.dims)
 
 
 def _rounded(table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,7 +84,7 @@ def _rounded(table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     least = np.full(largest.shape, np.inf, np.float32)
     best = np.ones_like(largest)
-    for factor in _SCALE_FACTORS:
+    for factor in SCALE_FACTORS:
         # The sign brings the largest value to -8, which reaches one step further than 7.
         scale = (-largest / 8 * factor).astype(np.float32)
         scale[scale == 0] = 1.0
