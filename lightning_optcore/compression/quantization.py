@@ -23,6 +23,8 @@ from lightning_optcore.compression.artifact_making import (
     Made,
     NoArtifact,
     Source,
+    guarded_metric,
+    quality_drop,
     require_small_weights,
     single_precision_copy,
 )
@@ -30,7 +32,6 @@ from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import QuantizationError, Widths
-from lightning_optcore.measurement.directions import direction_of
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.timing import time_in_turns
 from lightning_optcore.recipe import register_step
@@ -374,13 +375,13 @@ class PostTrainingQuantization(ArtifactCallback):
             if self.monitor is not None and self.monitor not in quality:
                 rank_zero_warn(f"{STEP}.monitor={self.monitor!r} was never logged in validation: only {list(quality)}")
             return result, quality
-        metric = self._metric(trainer, before, quality)
-        drop, allowed = _drop(metric, self.mode, before, quality), self.max_quality_drop
+        metric = guarded_metric(STEP, self.monitor, trainer, before, quality)
+        drop, allowed = quality_drop(metric, self.mode, before, quality), self.max_quality_drop
         if drop <= allowed:
             return result, quality
         for candidate in candidates[1:]:
             reached = quality_of(candidate)
-            if _drop(metric, self.mode, before, reached) <= allowed:
+            if quality_drop(metric, self.mode, before, reached) <= allowed:
                 return candidate, reached
         nodes = result.most_sensitive_nodes()
         tried: dict[int, tuple[QuantizedModel, dict[str, float], float]] = {}
@@ -388,7 +389,7 @@ class PostTrainingQuantization(ArtifactCallback):
         def accepted(count: int) -> bool:
             candidate = result.excluding(nodes[:count])
             reached = quality_of(candidate)
-            tried[count] = (candidate, reached, _drop(metric, self.mode, before, reached))
+            tried[count] = (candidate, reached, quality_drop(metric, self.mode, before, reached))
             return tried[count][2] <= allowed
 
         count = _fewest(len(nodes) - 1, accepted)
@@ -404,20 +405,6 @@ class PostTrainingQuantization(ArtifactCallback):
             f"{STEP}.max_quality_drop={self.max_quality_drop}: {metric} dropped by {drop:.4g}{with_some}; "
             "allow more, or train with quantization"
         )
-
-    def _metric(self, trainer: Any, before: dict[str, float], after: dict[str, float]) -> str:
-        known = [name for name in before if name in after]
-        if self.monitor is not None:
-            if self.monitor not in known:
-                raise NoArtifact(
-                    f"{STEP}.monitor={self.monitor!r} was never logged in validation: expected one of {known}"
-                )
-            return self.monitor
-        checkpoint = getattr(trainer, "checkpoint_callback", None)
-        monitored = getattr(checkpoint, "monitor", None)
-        if monitored in known:
-            return str(monitored)
-        return next((name for name in known if direction_of(name) == "maximize"), known[0])
 
 
 def _check_installed(*modules: str) -> None:
@@ -451,9 +438,3 @@ def _fewest(most: int, accepted: Callable[[int], bool]) -> int | None:
         middle = (refused + count) // 2
         refused, count = (refused, middle) if accepted(middle) else (middle, count)
     return count
-
-
-def _drop(metric: str, mode: str | None, before: dict[str, float], after: dict[str, float]) -> float:
-    loss = after[metric] - before[metric]
-    lower_is_better = mode == "min" if mode is not None else direction_of(metric) == "minimize"
-    return loss if lower_is_better else -loss

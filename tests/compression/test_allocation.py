@@ -1,17 +1,23 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optcore import Recipe, rebuild
-from lightning_optcore.compression import allocation
-from lightning_optcore.compression.allocation import allocate, relative_error
+from lightning_optcore.callbacks import LayerwiseAllocation
+from lightning_optcore.compression import allocation_workbench
+from lightning_optcore.compression.allocation import allocate
 from lightning_optcore.compression.allocation_solver import AllocationError, solve_ilp
+from lightning_optcore.compression.allocation_workbench import relative_error
+from lightning_optcore.compression.artifact import load_artifact
 from lightning_optcore.compression.quantization import post_training_quantize
 
 
@@ -138,7 +144,7 @@ def test_measured_harms_are_kept(mlp, digits, tmp_path, monkeypatch):
     first = allocate(mlp, batches, budget_bytes=27_000, cache=tmp_path / "harms.json")
     (known,) = json.loads((tmp_path / "harms.json").read_text()).values()
     assert {f"1: {option}": harm for option, harm in first.harms["1"].items()}.items() <= known.items()
-    monkeypatch.setattr(allocation._Workbench, "_harm_of_form", lambda *_: pytest.fail("was measured again"))
+    monkeypatch.setattr(allocation_workbench.Workbench, "_harm_of_form", lambda *_: pytest.fail("was measured again"))
     again = allocate(mlp, batches, budget_bytes=27_000, cache=tmp_path / "harms.json")
     assert again.options == first.options
 
@@ -152,6 +158,64 @@ def test_any_function_of_the_problem_solves_it(mlp, digits):
 
     allocate(mlp, digits[0][:128].split(64), budget_bytes=27_000, solver=solver)
     assert len(seen[0].pairs) > 0
+
+
+class Classifier(LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch):
+        self.log("accuracy", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-4)
+
+
+def fitted(net, digits, tmp_path, **options):
+    images, labels = digits
+    loaders = [DataLoader(TensorDataset(images[a:b], labels[a:b]), 64) for a, b in ((0, 256), (1200, 1797))]
+    callback = LayerwiseAllocation(rounds=2, calibration_samples=128, **options)
+    trainer = Trainer(
+        max_epochs=1,
+        callbacks=[callback],
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Classifier(net), *loaders)
+    return callback
+
+
+def test_the_callback_writes_an_artifact_within_budget_and_quality(cnn, digits, tmp_path):
+    callback = fitted(copy.deepcopy(cnn), digits, tmp_path, budget_bytes=20_000, max_quality_drop=0.03)
+    assert callback.error is None
+    artifact = load_artifact(tmp_path / "artifact")
+    assert artifact.measurement.size_bytes == callback.allocation.realised["size_bytes"] <= 20_000
+    assert artifact.measurement.quality["accuracy"] >= artifact.before.quality["accuracy"] - 0.03
+    widths, forms = artifact.recipe.steps
+    assert widths.name == "structured_pruning" and all(name.startswith("net.") for name in widths.parameters["shapes"])
+    assert forms.name == "layerwise_allocation" and "net.8" in forms.parameters["forms"]
+    fresh = rebuild(Classifier(nn.Sequential(*[type(layer)(*_arguments(layer)) for layer in cnn])), artifact.recipe)
+    fresh.net.load_state_dict(callback.allocation.module.state_dict())
+
+
+def test_the_callback_says_why_there_is_no_artifact(mlp, digits, tmp_path):
+    with pytest.warns(UserWarning, match=r"layerwise_allocation.budget_bytes=900: below the smallest possible"):
+        callback = fitted(copy.deepcopy(mlp), digits, tmp_path, budget_bytes=900)
+    assert callback.artifact is None
+    with pytest.raises(MisconfigurationException, match="nothing is asked for"):
+        fitted(copy.deepcopy(mlp), digits, tmp_path)
+    with pytest.raises(
+        MisconfigurationException, match=r"allocation.solver='annealing': expected one of ilp"
+    ):
+        LayerwiseAllocation(budget_bytes=1e6, solver="annealing")
 
 
 def test_a_transformer_whose_attention_is_fused_keeps_its_forms(digits):
