@@ -1,16 +1,14 @@
-"""Training a supernet: its weights and the architecture together, or its weights for a search that comes after.
+"""Training a supernet's weights and its architecture together.
 
-Both are callbacks on a Trainer's own automatic optimization, so that gradient clipping, accumulation, schedulers,
+It is a callback on a Trainer's own automatic optimization, so that gradient clipping, accumulation, schedulers,
 precision and other callbacks go on working.
 
-Sources: see :mod:`lightning_optcore.nas.supernet`; Cai et al., "Once-for-All", 2020, https://arxiv.org/abs/1908.09791,
-and Yu and Huang, "Universally Slimmable Networks", 2019, https://arxiv.org/abs/1903.05134 (the sandwich rule).
+Sources: see :mod:`lightning_optcore.nas.supernet`.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -21,24 +19,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, Subset
-from torchmetrics import Metric
+from torch.utils.data import DataLoader
 
 from lightning_optcore.nas._lightning_compat import on_device, on_training_loader
 from lightning_optcore.nas._nni_compat import nni_nas
+from lightning_optcore.nas.split_loader import split_training_loader
 from lightning_optcore.nas.supernet import (
     Architecture,
     SupernetError,
     alphas,
     best_architecture,
-    choose,
     collect,
-    find_supernet,
-    kind_of,
-    largest,
     probabilities,
-    random_architecture,
-    smallest,
+)
+from lightning_optcore.nas.supernet_callbacks import (
+    choose_in,
+    random_state,
+    set_random_state,
+    supernet_in,
+    training_step,
+    unobserved,
 )
 
 # By label and option: what it costs.
@@ -106,75 +106,6 @@ def expected_cost_of_table(table: CostTable, odds: Mapping[str, Mapping[Any, Ten
                 raise SupernetError(f"cost.{label}: has {', '.join(known)}, but not {option}")
             total = total.to(probability.device) + probability * known[str(option)]
     return total
-
-
-def split_training_loader(
-    loader: Any, fraction: float, seed: int, trained: Callable[[], int], stepped: Callable[[], int]
-) -> tuple[DataLoader, DataLoader]:
-    """Split a training loader into one for the weights and one, without end, for the architecture.
-
-    The order of either is a function of the seed and of how many batches there were, so that a resumed training sees
-    what an uninterrupted one would.
-
-    Args:
-        loader: Of a data set with a length.
-        fraction: Of the samples, for the architecture.
-        seed: Of the split and of the orders.
-        trained: How many batches the weights saw; asked when an epoch begins.
-        stepped: How many the architecture saw; asked once.
-
-    Raises:
-        MisconfigurationException: If the loader cannot be split, or one part would be less than a batch.
-    """
-    name = type(loader).__name__
-    if not isinstance(loader, DataLoader):
-        raise MisconfigurationException(f"a training loader of type {name} cannot be split: expected a DataLoader")
-    if not hasattr(loader.dataset, "__len__") or type(loader.batch_sampler) is not BatchSampler:
-        raise MisconfigurationException(
-            f"the training data ({type(loader.dataset).__name__}) cannot be split for the architecture: expected a "
-            "data set with a length, and batches made by batch_size and shuffle"
-        )
-    if type(loader.sampler) not in (RandomSampler, SequentialSampler):
-        raise MisconfigurationException(
-            f"a training loader with a {type(loader.sampler).__name__} cannot be split: expected shuffle=true or false"
-        )
-    count = len(loader.dataset)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    size = int(loader.batch_size or 1)
-    at = count - round(count * fraction)
-    if min(at, count - at) < size:
-        raise MisconfigurationException(
-            f"validation_fraction={fraction}: {count} samples leave less than one batch of {size} for either part"
-        )
-    weights, architecture = (Subset(loader.dataset, sorted(part)) for part in (order[:at], order[at:]))
-    shared = {
-        "num_workers": loader.num_workers,
-        "prefetch_factor": loader.prefetch_factor,
-        "timeout": loader.timeout,
-        "collate_fn": loader.collate_fn,
-        "pin_memory": loader.pin_memory,
-        "worker_init_fn": loader.worker_init_fn,
-        "persistent_workers": loader.persistent_workers,
-        "multiprocessing_context": loader.multiprocessing_context,
-    }
-    shuffle = isinstance(loader.sampler, RandomSampler)
-    # A generator of its own: beginning an epoch leaves the global one as it is.
-    return (
-        DataLoader(
-            weights,
-            batch_size=size,
-            sampler=_Shuffled(len(weights), seed, trained) if shuffle else SequentialSampler(weights),
-            drop_last=loader.drop_last,
-            generator=torch.Generator().manual_seed(seed),
-            **shared,
-        ),
-        DataLoader(
-            architecture,
-            batch_sampler=_Endless(len(architecture), size, seed, stepped),
-            generator=torch.Generator().manual_seed(seed),
-            **shared,
-        ),
-    )
 
 
 class DifferentiableSearch(Callback):
@@ -269,7 +200,7 @@ class DifferentiableSearch(Callback):
         if not self._fitting:
             return
         self._refuse(trainer, pl_module)
-        self._network = _supernet_in(pl_module, ("darts", "gumbel_darts", "proxyless"), "SampledTraining")
+        self._network = supernet_in(pl_module, ("darts", "gumbel_darts", "proxyless"), "SampledTraining")
         self._alphas = list({id(alpha): alpha for alpha in alphas(self._network).values()}.values())
         self._optimizer = self._restored = self._first_cost = self._batches = None
         self._trained = self._stepped = 0
@@ -309,7 +240,7 @@ class DifferentiableSearch(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let a proxyless supernet be judged by what it favours."""
-        _choose_in(pl_module, "proxyless", best_architecture)
+        choose_in(pl_module, "proxyless", best_architecture)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -327,7 +258,7 @@ class DifferentiableSearch(Callback):
             "trained": self._trained,
             "stepped": self._stepped,
             "first_cost": self._first_cost,
-            "random": _random_state(),
+            "random": random_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -337,7 +268,7 @@ class DifferentiableSearch(Callback):
         self._restored = state_dict["optimizer"]
         self._trained, self._stepped = state_dict["trained"], state_dict["stepped"]
         self._first_cost = state_dict["first_cost"]
-        _set_random_state(state_dict["random"])
+        set_random_state(state_dict["random"])
 
     def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(pl_module).__name__
@@ -377,8 +308,7 @@ class DifferentiableSearch(Callback):
         self._stepped += 1
         collect(self._network, "resample")
         with _only_learns(pl_module, self._alphas), trainer.precision_plugin.train_step_context():
-            with_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-            output = pl_module.training_step(batch, batch_idx) if with_index else pl_module.training_step(batch)
+            output = training_step(pl_module, batch, batch_idx)
             loss = output["loss"] if isinstance(output, Mapping) else output
             if loss is None:
                 return
@@ -404,121 +334,6 @@ class DifferentiableSearch(Callback):
         return self.cost_weight * excess
 
 
-class SampledTraining(Callback):
-    """Trains the weights of a supernet of kind ``sampled``, another architecture in every batch.
-
-    What comes after is a search over its sub-networks, with the weights that they share: see
-    :mod:`lightning_optcore.nas.once_for_all`. Validation and tests are of the largest architecture.
-
-    Args:
-        rule: ``"random"``: each batch has an architecture at random (RandomOneShot). ``"sandwich"``: batches have in
-            turn the largest, the smallest and ``num_random`` random ones (once-for-all); with
-            ``trainer.accumulate_grad_batches`` at ``2 + num_random`` each step of the weights is for all of them.
-        num_random: Random ones between the largest and the next; for ``"sandwich"``.
-        seed: Of the architectures.
-
-    Raises:
-        MisconfigurationException: If an argument is out of its range, there is not one such supernet, or for several
-            devices.
-
-    Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[SampledTraining(rule="sandwich")], accumulate_grad_batches=4, logger=False)
-    """
-
-    def __init__(self, rule: Literal["random", "sandwich"] = "random", num_random: int = 2, seed: int = 0) -> None:
-        super().__init__()
-        if rule not in ("random", "sandwich"):
-            raise MisconfigurationException(f"rule={rule!r}: expected random or sandwich")
-        if num_random < 0:
-            raise MisconfigurationException(f"num_random={num_random}: expected 0 or more")
-        self.rule = rule
-        self.num_random = num_random
-        self.seed = seed
-        self._network: nn.Module | None = None
-        self._fitting = False
-        self._trained = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the supernet."""
-        self._fitting = stage == "fit"
-        if not self._fitting:
-            return
-        self._network = _supernet_in(pl_module, ("sampled",), "DifferentiableSearch")
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"trainer.devices: {trainer.world_size} processes would train other layers each; expected devices=1"
-            )
-        self._trained = 0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Choose the architecture of this batch."""
-        assert self._network is not None
-        choose(self._network, self._next(self._network))
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Count the batch."""
-        self._trained += 1
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the largest architecture."""
-        _choose_in(pl_module, "sampled", largest)
-
-    on_test_start = on_predict_start = on_validation_start
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many batches there were, and the state of random numbers."""
-        return {"trained": self._trained, "random": _random_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
-        if not self._fitting:
-            return
-        self._trained = state_dict["trained"]
-        _set_random_state(state_dict["random"])
-
-    def _next(self, network: nn.Module) -> Architecture:
-        place = self._trained % (2 + self.num_random)
-        if self.rule == "sandwich" and place < 2:
-            return largest(network) if place == 0 else smallest(network)
-        return random_architecture(network, random.Random(f"{self.seed} {self._trained}"))
-
-
-class _Shuffled(Sampler[int]):
-    """An epoch's order, which follows from how many batches there were before it."""
-
-    def __init__(self, count: int, seed: int, before: Callable[[], int]) -> None:
-        self.count, self.seed, self.before = count, seed, before
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(_order(self.count, f"weights {self.seed} {self.before()}"))
-
-
-class _Endless(Sampler[list[int]]):
-    """Whole batches without end, one pass after the other, from a given one on."""
-
-    def __init__(self, count: int, size: int, seed: int, before: Callable[[], int]) -> None:
-        self.count, self.size, self.seed, self.before = count, size, seed, before
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step, of_a_pass = self.before(), self.count // self.size
-        while True:
-            turn, at = divmod(step, of_a_pass)
-            order = _order(self.count, f"architecture {self.seed} {turn}")
-            for i in range(at, of_a_pass):
-                yield order[i * self.size : (i + 1) * self.size]
-            step = (turn + 1) * of_a_pass
-
-
-def _order(count: int, seed: str) -> list[int]:
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order
-
-
 @contextmanager
 def _only_learns(pl_module: LightningModule, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let a training step change nothing but the gradients of some parameters.
@@ -527,70 +342,23 @@ def _only_learns(pl_module: LightningModule, parameters: Sequence[nn.Parameter])
     """
     weights = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
     buffers = [(buffer, buffer.detach().clone()) for buffer in pl_module.buffers()]
-    running = [(one, _running(one)) for one in pl_module.modules() if isinstance(one, Metric)]
     for weight in weights:
         weight.requires_grad_(False)
     for parameter in parameters:
         parameter.requires_grad_(True)
         parameter.grad = None
-    silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in silenced:
-        pl_module.__dict__[name] = lambda *_, **__: None
     try:
-        yield
+        with unobserved(pl_module):
+            yield
     finally:
-        for name, theirs in silenced.items():
-            del pl_module.__dict__[name]
-            if theirs is not None:
-                pl_module.__dict__[name] = theirs
         for parameter in parameters:
             parameter.requires_grad_(False)
             parameter.grad = None
         for weight in weights:
             weight.requires_grad_(True)
-        for one, state in running:
-            one.__dict__.update(state)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-
-
-def _running(metric: Metric) -> dict[str, Any]:
-    names = (*metric._defaults, "_update_count", "_computed")
-    return {name: copy.deepcopy(getattr(metric, name)) for name in names}
-
-
-def _supernet_in(pl_module: LightningModule, kinds: Sequence[str], other: str) -> nn.Module:
-    try:
-        name, network = find_supernet(pl_module)
-    except SupernetError as error:
-        raise MisconfigurationException(str(error)) from error
-    if kind_of(network) not in kinds:
-        raise MisconfigurationException(
-            f"{name} is a supernet of kind={kind_of(network)}: expected {', '.join(kinds)}; {other} trains it"
-        )
-    return network
-
-
-def _choose_in(pl_module: LightningModule, kind: str, which: Callable[[nn.Module], Architecture]) -> None:
-    """Choose what is forwarded; a module without such a supernet, e.g. with what was found, is as good."""
-    for module in pl_module.modules():
-        if getattr(module, "supernet_kind", None) == kind:
-            choose(module, which(module))
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Continue the random numbers, so that data that are shuffled, noise and dropout are as they would have been."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def _positive(name: str, value: float) -> None:
