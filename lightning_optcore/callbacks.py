@@ -5,7 +5,8 @@ from lightning_optcore.compression.distillation import KnowledgeDistillation
 from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.structured_pruning import StructuredPruning
-from lightning_optcore.nas.one_shot import DifferentiableSearch, SampledTraining
+from lightning_optcore.nas.differentiable_search import DifferentiableSearch
+from lightning_optcore.nas.sampled_training import SampledTraining
 from lightning_optcore.profiling.performance_profiler import PerformanceProfiler
 from lightning_optcore.sweeps.population import PopulationMember
 from lightning_optcore.sweeps.pruning import TrialPruning

@@ -80,11 +80,11 @@ class LightningEvaluator:
         latency: LatencyTable | None = None,
     ) -> None:
         self.space = architecture_space(space)
-        self._module = module
-        self._data = data
-        self._trainer = trainer
-        self._callbacks = callbacks
-        self._seed = seed
+        self.module = module
+        self.data = data
+        self.trainer = trainer
+        self.callbacks = callbacks
+        self.seed = seed
         self._test = test
         self._measure = dict(measure or {})
         self._latency = latency
@@ -97,29 +97,50 @@ class LightningEvaluator:
         Raises:
             EvaluationError: If a loss is no finite number, or a technique that was asked for made no artifact.
         """
-        trial, directory = current_trial(), trial_directory()
-        seed_everything(self._seed, workers=True, verbose=False)
-        data = self._data()
-        model = self._module(self.space.build(architecture))
-        callbacks = list(self._callbacks())
+        return self.evaluated(
+            architecture,
+            lambda: self.module(self.space.build(architecture)),
+            lambda trainer, model, data: trainer.fit(model, datamodule=data),
+        )
+
+    def evaluated(
+        self,
+        architecture: Architecture,
+        build: Callable[[], LightningModule],
+        run: Callable[[Trainer, LightningModule, LightningDataModule], Any],
+        more: Sequence[Callback] = (),
+    ) -> dict[str, float]:
+        """Let a Trainer run the module of an architecture, and measure.
+
+        Args:
+            architecture: What is recorded.
+            build: Returns its module; random numbers are seeded by then.
+            run: What the Trainer does; what is logged by it is the quality.
+            more: Callbacks beside those of the trial.
+
+        Raises:
+            EvaluationError: As in a call.
+        """
+        directory = trial_directory()
+        seed_everything(self.seed, workers=True, verbose=False)
+        data = self.data()
+        model = build()
+        callbacks = list(self.callbacks())
         root = {"default_root_dir": str(directory)} if directory is not None else {}
-        trainer = self._trainer(callbacks=callbacks, **root)
-        with _interruptible(trainer):
-            trainer.fit(model, datamodule=data)
-        quality = _floats(trainer.callback_metrics)
+        trainer = self.trainer(callbacks=[*callbacks, *more], **root)
+        with interruptible(trainer):
+            run(trainer, model, data)
+        quality = floats(trainer.callback_metrics)
         if self._test:
-            with _interruptible(trainer):
+            with interruptible(trainer):
                 trainer.test(model, datamodule=data, verbose=False)
-            quality.update(_floats(trainer.callback_metrics))
-        bad = [f"{name} is {value}" for name, value in quality.items() if "loss" in name and not math.isfinite(value)]
-        if bad:
-            raise EvaluationError("; ".join(bad))
+            quality.update(floats(trainer.callback_metrics))
+        check_losses(quality)
         measurements = measured_fit(model, data, callbacks, quality, **self._measure)
         for callback in callbacks:
             if getattr(callback, "error", None) is not None:
                 raise EvaluationError(callback.error)  # type: ignore[attr-defined]
-        if trial is not None:
-            self._record(trial, architecture, measurements, directory)
+        self._record(architecture, measurements, directory)
         last = next(reversed(measurements.values())).scalars() if measurements else {}
         return {**quality, **last}
 
@@ -129,14 +150,16 @@ class LightningEvaluator:
         With a table also the latency that it predicts. Nothing is known where a callback prunes or quantizes.
         """
         if self._compresses is None:
-            self._compresses = any(_changes_networks(callback) for callback in self._callbacks())
-        if self._compresses:
-            return {}
-        model = self._module(self.space.build(architecture))
+            self._compresses = any(changes_networks(callback) for callback in self.callbacks())
+        return {} if self._compresses else self.costs(architecture)
+
+    def costs(self, architecture: Architecture) -> dict[str, float]:
+        """Return what a network costs as it is built; see :meth:`estimate`."""
+        model = self.module(self.space.build(architecture))
         if self._called is None:
             # What validation calls, and with what, is the same for every network.
             with ForwardRecorder(model) as recorder:
-                validate(model, datamodule=self._data(), limit_batches=1)
+                validate(model, datamodule=self.data(), limit_batches=1)
             name = recorder.target()
             if name is None:
                 raise EvaluationError("validation_step calls no module with parameters")
@@ -152,23 +175,25 @@ class LightningEvaluator:
         """Return the predicted milliseconds at the first batch size."""
         batch = Inputs.of(inputs).resized(self._measure.get("batch_sizes", (1,))[0])
         if table.factors(batch) == (1.0, 0.0):
-            rng, networks = np.random.default_rng(self._seed), []
+            rng, networks = np.random.default_rng(self.seed), []
             for _ in range(_FITTED):
                 drawn = self.space.choices.sample(rng)
-                networks.append(submodule(self._module(self.space.build(drawn)), name).to("cpu"))
+                networks.append(submodule(self.module(self.space.build(drawn)), name).to("cpu"))
             table.fit(networks, batch)
         return table.predict(network, batch)
 
-    def _record(
-        self, trial: tuple[int, int, str], architecture: Architecture, measurements: Mapping[str, Any], directory: Any
-    ) -> None:
+    def _record(self, architecture: Architecture, measurements: Mapping[str, Any], directory: Path | None) -> None:
+        """Leave a run in the store of the search, if there is one."""
+        trial = current_trial()
+        if trial is None:
+            return
         sweep_id, number, target = trial
         with Store(target) as store:
             run_id = store.start(
                 "nas",
                 config={"architecture": architecture, "sweep": sweep_id, "trial": number},
                 hardware_fingerprint=hardware_fingerprint(),
-                seed=self._seed,
+                seed=self.seed,
                 directory=None if directory is None else str(directory),
             )
             for role, measurement in measurements.items():
@@ -176,8 +201,15 @@ class LightningEvaluator:
             store.finish(run_id)
 
 
+def check_losses(metrics: Mapping[str, float]) -> None:
+    """Raise an :class:`EvaluationError` if a loss is no finite number."""
+    bad = [f"{name} is {value}" for name, value in metrics.items() if "loss" in name and not math.isfinite(value)]
+    if bad:
+        raise EvaluationError("; ".join(bad))
+
+
 @contextmanager
-def _interruptible(trainer: Trainer) -> Iterator[None]:
+def interruptible(trainer: Trainer) -> Iterator[None]:
     """Let Ctrl-C end the search: Lightning turns it into a plain end of the process, or of the fit."""
     try:
         yield
@@ -189,7 +221,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _changes_networks(callback: Callback) -> bool:
+def changes_networks(callback: Callback) -> bool:
     """Whether a callback makes another network of the one that is trained, whose costs are only known after it."""
     return any(kind.__module__.startswith("lightning_optcore.compression.") for kind in type(callback).__mro__)
 
@@ -204,5 +236,6 @@ def trial_directory() -> Path | None:
     return Path(found) if found else None
 
 
-def _floats(metrics: Any) -> dict[str, float]:
+def floats(metrics: Any) -> dict[str, float]:
+    """Return logged metrics as plain numbers."""
     return {name: float(value) for name, value in metrics.items()}

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from lightning_optcore.measurement.directions import Direction, direction_of
 from lightning_optcore.nas.limits import Constraints, Limits, described_excess, violation_of
+from lightning_optcore.nas.one_shot import OneShot, Prepare, one_shot_of, planned
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.nas.strategies import Strategy, searcher_of
@@ -47,7 +48,7 @@ def search(
     evaluate: Evaluate,
     *,
     objectives: Mapping[str, Direction] | Sequence[str] | str,
-    strategy: Strategy,
+    strategy: Strategy | OneShot,
     max_trials: int,
     constraints: Constraints | None = None,
     seed: int = 0,
@@ -73,7 +74,9 @@ def search(
         evaluate: Returns numbers by name for an architecture; see :class:`~lightning_optcore.nas.LightningEvaluator`.
             What its method ``estimate(architecture)`` returns, if it has one, is known before it is paid for.
         objectives: What is searched for: ``{"acc": "maximize"}``, or names, whose directions are the yardstick's own.
-        strategy: A name of :data:`lightning_optcore.nas.strategies.STRATEGIES`, or a searcher's class.
+        strategy: A name of :data:`lightning_optcore.nas.strategies.STRATEGIES`, or a searcher's class. Or a name of
+            :data:`lightning_optcore.nas.strategies.ONE_SHOT`, or a :class:`~lightning_optcore.nas.OneShot`: it trains
+            a supernet first, whose weights are ``supernet.ckpt`` in the search's folder.
         max_trials: How many architectures are evaluated. Those that are not (see ``constraints``) are not counted.
         constraints: Limits, ``{"latency_ms": 2.0}``: at most so much, at least so much where more is better. One of
             what ``estimate`` returns is checked before, and a candidate over it is never evaluated; any other is
@@ -110,11 +113,12 @@ def search(
             raise SearchError(f"{name}={value!r}: expected a positive whole number")
     directions = _directions(objectives)
     where = architecture_space(space)
+    if command is None:
+        command = _identity(evaluate, one_shot_of(strategy) or strategy, directions, seed)
+    strategy, evaluate, prepare = planned(strategy, evaluate)
     searcher = searcher_of(strategy, where.choices, list(directions.values()), seed=seed, initial=initial, **offered)
     with ExitStack() as stack:
         target = _store_of(store, stack)
-        if command is None:
-            command = _identity(evaluate, strategy, directions, seed)
         journal = stack.enter_context(held_journal(target))
         run = _Search(
             searcher, where.key, evaluate, directions, constraints, max_trials, n_jobs, journal, target, describe
@@ -122,7 +126,7 @@ def search(
         run.begin(command, resume, directory)
         if on_begin is not None:
             on_begin(run.sweep_id, run.directory)
-        return run.run(Console().is_terminal if show is None else show)
+        return run.run(Console().is_terminal if show is None else show, prepare)
 
 
 class _Search:
@@ -173,11 +177,13 @@ class _Search:
         self.sweep_id = record.id
         self.directory = Path(record.directory)
 
-    def run(self, show: bool) -> SearchResult:
-        """Search to the end."""
+    def run(self, show: bool, prepare: Prepare | None = None) -> SearchResult:
+        """Search to the end, after what the strategy does before the first trial."""
         read = partial(self._journal.trials, self.sweep_id)
         table = LiveTable(read, list(self._directions.values()), list(self._directions), None)
         try:
+            if prepare is not None:
+                prepare(self.directory, self._searcher)
             with table if show else nullcontext():
                 self._loop(self._restored())
             self._check_some_succeeded()
@@ -447,6 +453,9 @@ def _identity(evaluate: Any, strategy: Any, directions: Mapping[str, Direction],
 def _name(thing: Any) -> str:
     if isinstance(thing, str):
         return thing
+    if isinstance(thing, OneShot):
+        values = {key: _name(one) if callable(one) else repr(one) for key, one in vars(thing).items()}
+        return f"OneShot({', '.join(f'{key}={text}' for key, text in values.items())})"
     if isinstance(thing, functools.partial):
         return f"{_name(thing.func)}({', '.join(f'{key}={value!r}' for key, value in sorted(thing.keywords.items()))})"
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -1,4 +1,4 @@
-"""One-shot callbacks: who moves what, on which data, and that an interrupted search ends as an uninterrupted one."""
+"""Learning an architecture: who moves what, on which data, and that an interruption changes nothing."""
 
 from __future__ import annotations
 
@@ -7,25 +7,14 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from oneshot_spaces import Classifier, Layers, Widths, loader
+from oneshot_spaces import Classifier, Layers, StopAfter, Widths, equal, loader
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_optcore.callbacks import DifferentiableSearch, SampledTraining
-from lightning_optcore.nas import one_shot
-from lightning_optcore.nas.one_shot import expected_cost, expected_cost_of_table, split_training_loader
-from lightning_optcore.nas.supernet import (
-    SupernetError,
-    alphas,
-    best_architecture,
-    choose,
-    largest,
-    probabilities,
-    smallest,
-    sub_network,
-    supernet,
-)
+from lightning_optcore.nas import differentiable_search
+from lightning_optcore.nas.differentiable_search import expected_cost, expected_cost_of_table
+from lightning_optcore.nas.supernet import SupernetError, alphas, largest, probabilities, smallest, supernet
 
 SPACES = {"darts": Widths, "gumbel_darts": Widths, "proxyless": Layers}
 KINDS = list(SPACES)
@@ -42,10 +31,6 @@ def weights_of(module):
 
 def alphas_of(module):
     return {label: alpha.detach().clone() for label, alpha in alphas(module.network).items()}
-
-
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 class Watch(DifferentiableSearch):
@@ -142,38 +127,6 @@ def test_the_log_and_metrics_are_those_of_the_weights(make_trainer):
     assert module.seen == [32, 32]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_the_parts_of_the_training_set_share_no_sample(shuffle):
-    data = [(torch.tensor([float(i)]), i) for i in range(50)]
-    whole = DataLoader(data, batch_size=4, shuffle=shuffle, drop_last=True)
-    weights, architecture = split_training_loader(whole, 0.4, 0, lambda: 0, lambda: 0)
-    batches = iter(architecture)
-    of_weights = [int(i) for batch in weights for i in batch[1]]
-    of_architecture = [int(i) for _ in range(10) for i in next(batches)[1]]
-    assert len(weights) == 7
-    assert len(set(of_weights)) == 28
-    assert len(set(of_architecture)) == 20
-    assert not set(of_weights) & set(of_architecture)
-    assert (of_weights == sorted(of_weights)) is not shuffle
-
-
-def test_the_order_follows_from_the_seed_and_the_place():
-    data = [(torch.tensor([float(i)]), i) for i in range(40)]
-
-    def orders(seed, trained, stepped):
-        weights, architecture = split_training_loader(
-            DataLoader(data, batch_size=4, shuffle=True), 0.5, seed, lambda: trained, lambda: stepped
-        )
-        batches = iter(architecture)
-        return [b[1].tolist() for b in weights], [next(batches)[1].tolist() for _ in range(8)]
-
-    assert orders(0, 5, 0) == orders(0, 5, 0)
-    assert orders(0, 5, 0)[0] != orders(0, 10, 0)[0]
-    assert orders(0, 0, 0)[1] != orders(1, 0, 0)[1]
-    # The third batch of one that began anew is the first of one that goes on after two.
-    assert orders(0, 0, 0)[1][2:] == orders(0, 0, 2)[1][:6]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_validation", [True, False])
 def test_a_resumed_search_ends_as_an_uninterrupted_one(make_trainer, tmp_path, kind, with_validation):
@@ -194,16 +147,6 @@ def test_a_resumed_search_ends_as_an_uninterrupted_one(make_trainer, tmp_path, k
     assert equal(weights_of(whole), weights_of(resumed))
     assert equal(alphas_of(whole), alphas_of(resumed))
     assert equal(dict(whole.named_buffers()), dict(resumed.named_buffers()))
-
-
-class StopAfter(L.Callback):
-    """As if it were killed when an epoch has ended."""
-
-    def __init__(self, epochs):
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
 def test_another_seed_is_another_search(make_trainer):
@@ -310,7 +253,7 @@ def test_what_cannot_be_searched_is_refused_with_its_reason(make_trainer, monkey
 
 
 def test_a_loss_scaler_is_refused(make_trainer):
-    class Scaled(one_shot.MixedPrecision):
+    class Scaled(differentiable_search.MixedPrecision):
         def __init__(self):
             super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
 
@@ -324,103 +267,6 @@ def test_bfloat16_is_not(make_trainer):
     assert search.architecture
 
 
-def test_data_that_cannot_be_split_are_refused():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter([1])
-
-    data = [(torch.zeros(1), 0)] * 16
-    for given, message in [
-        ([1, 2], "of type list cannot be split"),
-        (DataLoader(Stream()), r"\(Stream\) cannot be split"),
-        (DataLoader(data, sampler=WeightedRandomSampler([1.0] * 16, 16)), "WeightedRandomSampler cannot be split"),
-        (
-            DataLoader(data, batch_sampler=type("Own", (BatchSampler,), {})(SequentialSampler(data), 2, False)),
-            "batches made by batch_size and shuffle",
-        ),
-        (DataLoader(data, batch_size=12), r"validation_fraction=0\.5: 16 samples leave less than one batch of 12"),
-    ]:
-        with pytest.raises(MisconfigurationException, match=message):
-            split_training_loader(given, 0.5, 0, lambda: 0, lambda: 0)
-
-
 def test_nothing_is_found_before_the_training():
     with pytest.raises(SupernetError, match="no architecture yet"):
         _ = DifferentiableSearch().architecture
-
-
-def drawn(make_trainer, monkeypatch, epochs=2, **options):
-    seen = []
-    monkeypatch.setattr(one_shot, "choose", lambda net, arch: (seen.append(arch), choose(net, arch)))
-    torch.manual_seed(0)
-    module = Classifier(supernet(Widths()))
-    make_trainer(SampledTraining(**options), max_epochs=epochs).fit(module, loader())
-    return seen, module
-
-
-def test_sampled_training_draws_another_architecture_every_batch(make_trainer, monkeypatch):
-    seen, _ = drawn(make_trainer, monkeypatch)
-    assert len(seen) == 16
-    assert len({str(one) for one in seen}) > 4
-    assert drawn(make_trainer, monkeypatch)[0] == seen
-    assert drawn(make_trainer, monkeypatch, seed=1)[0] != seen
-
-
-def test_the_sandwich(make_trainer, monkeypatch):
-    seen, module = drawn(make_trainer, monkeypatch, rule="sandwich", num_random=1)
-    assert seen[0::3] == [largest(module.network)] * 6
-    assert seen[1::3] == [smallest(module.network)] * 5
-    assert len({str(one) for one in seen[2::3]}) > 1
-
-
-def test_sampled_training_trains_and_is_validated_with_the_largest(make_trainer):
-    torch.manual_seed(0)
-    module = Classifier(supernet(Widths()))
-    trainer = make_trainer(SampledTraining(rule="sandwich"), max_epochs=15, accumulate_grad_batches=4)
-    before = trainer.validate(module, loader(), verbose=False)[0]["val/loss"]
-    trainer.fit(module, loader())
-    after = trainer.validate(module, loader(), verbose=False)[0]["val/loss"]
-    assert after < before
-    # Smaller ones were trained as well.
-    choose(module.network.eval(), smallest(module.network))
-    images, labels = loader().dataset.tensors
-    assert nn.functional.cross_entropy(module.network(images), labels) < before
-
-
-@pytest.mark.parametrize(("kind", "callback"), [("sampled", SampledTraining), ("proxyless", DifferentiableSearch)])
-def test_a_supernet_can_be_tested_and_so_can_what_was_found(make_trainer, kind, callback):
-    class Tested(Classifier):
-        def test_step(self, batch, batch_idx):
-            self.log("loss", nn.functional.cross_entropy(self.network(batch[0]), batch[1]))
-
-    network = supernet(Layers(), kind)
-    architecture = largest(network) if kind == "sampled" else best_architecture(network)
-    trainer = make_trainer(callback())
-    whole, alone = (
-        trainer.test(Tested(one), loader(shuffle=False), verbose=False)[0]["loss"]
-        for one in (network, sub_network(network, architecture))
-    )
-    assert whole == pytest.approx(alone)
-
-
-def test_a_resumed_sampled_training_ends_as_an_uninterrupted_one(make_trainer, tmp_path):
-    def run(stop, seed, ckpt_path=None):
-        torch.manual_seed(0)
-        module = Classifier(supernet(Widths()))
-        torch.manual_seed(seed)
-        keep = ModelCheckpoint(tmp_path / f"{stop} {seed}", save_last=True)
-        callbacks = [SampledTraining(), StopAfter(stop), keep]
-        trainer = make_trainer(*callbacks, max_epochs=4, enable_checkpointing=True)
-        trainer.fit(module, loader(), ckpt_path=ckpt_path, weights_only=True)
-        return module, keep.last_model_path
-
-    whole, _ = run(4, 1)
-    _, checkpoint = run(2, 1)
-    resumed, _ = run(4, 99, checkpoint)
-    assert equal(whole.state_dict(), resumed.state_dict())
-
-
-@pytest.mark.parametrize(("options", "message"), [({"rule": "all"}, "rule='all'"), ({"num_random": -1}, "num_random")])
-def test_options_of_sampled_training_that_cannot_be(options, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        SampledTraining(**options)
