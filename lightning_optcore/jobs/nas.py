@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -55,6 +56,7 @@ def run(config: DictConfig) -> None:
     output_dir = Path(hydra.runtime.output_dir)
     space = configured_space(config.nas.space)
     evaluator = ConfiguredEvaluator(_plain(config), str(output_dir))
+    evaluator.check()
     carried = retraining_overrides(list(hydra.overrides.task), dict(hydra.runtime.choices))
 
     def describe(directory: Path, candidate: Candidate) -> list[str]:
@@ -113,6 +115,17 @@ class ConfiguredEvaluator:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_evaluator": None}
 
+    def check(self) -> None:
+        """Make what evaluates, before the first trial.
+
+        Raises:
+            ConfigurationError: If the configuration contradicts itself.
+        """
+        try:
+            self._made()
+        except MisconfigurationException as error:
+            raise ConfigurationError(f"nas.{error}" if str(error).startswith("inherit=") else str(error)) from error
+
     def __call__(self, architecture: Architecture) -> dict[str, float]:
         """Train and measure."""
         return self._made()(architecture)
@@ -137,6 +150,7 @@ class ConfiguredEvaluator:
                 test=config["test"],
                 measure=config["measure"],
                 latency=_latency_table(config),
+                inherit=config["nas"]["inherit"],
             )
         return self._evaluator
 

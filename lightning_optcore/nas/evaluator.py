@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import nn
 
@@ -19,6 +21,7 @@ from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.quality import validate
 from lightning_optcore.measurement.yardstick import static_costs
 from lightning_optcore.nas.latency_table import LatencyTable
+from lightning_optcore.nas.parents import Inherited, keep_weights, parent_of, shapes_of, with_weights_of
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import open_journal
@@ -26,8 +29,7 @@ from lightning_optcore.sweeps.task import current_trial
 
 # What of the yardstick is known of a network before it is trained.
 COSTS = ("params", "size_bytes", "flops")
-
-
+_COMPRESSION = "lightning_optcore.compression."
 # To so many random networks a table of latencies is fitted.
 _FITTED = 8
 
@@ -53,6 +55,12 @@ class LightningEvaluator:
         measure: Options of :func:`lightning_optcore.measure`: batch sizes, threads, rounds.
         latency: Predicts ``latency_ms`` before a training, for limits on it; one that was never fitted to such inputs
             is, to a few random networks of the space.
+        inherit: Whether the network of a trial begins with the weights of an earlier one, as far as they fit: of its
+            candidate's own parent, or of the nearest architecture. Each trial then leaves ``weights.pt`` in its folder.
+
+    Raises:
+        MisconfigurationException: If weights are to be inherited, and a callback makes another network of the trained
+            one.
 
     Example:
         >>> from functools import partial
@@ -78,6 +86,7 @@ class LightningEvaluator:
         test: bool = False,
         measure: Mapping[str, Any] | None = None,
         latency: LatencyTable | None = None,
+        inherit: bool = False,
     ) -> None:
         self.space = architecture_space(space)
         self._module = module
@@ -88,8 +97,13 @@ class LightningEvaluator:
         self._test = test
         self._measure = dict(measure or {})
         self._latency = latency
+        self._inherit = inherit
         self._called: tuple[str, Any] | None = None
         self._compresses: bool | None = None
+        if not isinstance(inherit, bool):
+            raise MisconfigurationException(f"inherit={inherit!r}: expected true or false")
+        if inherit:
+            self._check_networks_stay()
 
     def __call__(self, architecture: Architecture) -> dict[str, float]:
         """Train and measure.
@@ -100,12 +114,21 @@ class LightningEvaluator:
         trial, directory = current_trial(), trial_directory()
         seed_everything(self._seed, workers=True, verbose=False)
         data = self._data()
-        model = self._module(self.space.build(architecture))
+        network, inherited = self._network(architecture)
+        built = shapes_of(network)
+        model = self._module(network)
+        if self._inherit and not any(one is network for one in model.modules()):
+            raise EvaluationError(
+                f"inherit=True: {type(model).__name__} does not hold the network that it was given, so that its "
+                "weights are not known after the fit; assign the network itself, not a copy"
+            )
         callbacks = list(self._callbacks())
         root = {"default_root_dir": str(directory)} if directory is not None else {}
         trainer = self._trainer(callbacks=callbacks, **root)
         with _interruptible(trainer):
             trainer.fit(model, datamodule=data)
+        if self._inherit and directory is not None and trainer.is_global_zero:
+            keep_weights(network, built, directory)
         quality = _floats(trainer.callback_metrics)
         if self._test:
             with _interruptible(trainer):
@@ -119,7 +142,7 @@ class LightningEvaluator:
             if getattr(callback, "error", None) is not None:
                 raise EvaluationError(callback.error)  # type: ignore[attr-defined]
         if trial is not None:
-            self._record(trial, architecture, measurements, directory)
+            self._record(trial, architecture, measurements, directory, inherited)
         last = next(reversed(measurements.values())).scalars() if measurements else {}
         return {**quality, **last}
 
@@ -159,14 +182,40 @@ class LightningEvaluator:
             table.fit(networks, batch)
         return table.predict(network, batch)
 
+    def _network(self, architecture: Architecture) -> tuple[nn.Module, Inherited | None]:
+        """Return the network of an architecture, and what it begins with."""
+        network, trial = self.space.build(architecture), current_trial()
+        if not self._inherit or trial is None:
+            return network, None
+        sweep_id, number, store = trial
+        journal = open_journal(store)
+        parent = parent_of(journal.trial(sweep_id, number), journal.trials(sweep_id))
+        return (network, None) if parent is None else with_weights_of(parent, network, self.space.build)
+
+    def _check_networks_stay(self) -> None:
+        changing = [type(one).__name__ for one in self._callbacks() if _changes_networks(one)]
+        if changing:
+            raise MisconfigurationException(
+                f"inherit=True: {', '.join(changing)} makes another network of the trained one, whose weights fit no "
+                "network of the space; leave out one of both"
+            )
+
     def _record(
-        self, trial: tuple[int, int, str], architecture: Architecture, measurements: Mapping[str, Any], directory: Any
+        self,
+        trial: tuple[int, int, str],
+        architecture: Architecture,
+        measurements: Mapping[str, Any],
+        directory: Any,
+        inherited: Inherited | None,
     ) -> None:
         sweep_id, number, target = trial
+        config: dict[str, Any] = {"architecture": architecture, "sweep": sweep_id, "trial": number}
+        if self._inherit:
+            config["inherited"] = None if inherited is None else asdict(inherited)
         with Store(target) as store:
             run_id = store.start(
                 "nas",
-                config={"architecture": architecture, "sweep": sweep_id, "trial": number},
+                config=config,
                 hardware_fingerprint=hardware_fingerprint(),
                 seed=self._seed,
                 directory=None if directory is None else str(directory),
@@ -191,7 +240,8 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
 
 def _changes_networks(callback: Callback) -> bool:
     """Whether a callback makes another network of the one that is trained, whose costs are only known after it."""
-    return any(kind.__module__.startswith("lightning_optcore.compression.") for kind in type(callback).__mro__)
+    kinds = [kind.__module__ for kind in type(callback).__mro__ if kind.__module__.startswith(_COMPRESSION)]
+    return any(kind != f"{_COMPRESSION}distillation" for kind in kinds)
 
 
 def trial_directory() -> Path | None:

@@ -122,6 +122,21 @@ def test_ones_own_model_space_is_searched_in_processes(optcore, tmp_path):
     assert sorted(one.candidate.params["width"] for one in trials) == [8, 16]
 
 
+def test_trials_begin_with_the_weights_of_a_parent(optcore, tmp_path):
+    done = optcore(
+        "nas", "nas.inherit=true", "nas.max_trials=3", "nas/strategy=grid", "nas.space.width='choice(16,32)'",
+        "objective=[val/acc,params]", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ((_, trials),) = searches(tmp_path)
+    with Store(tmp_path / "outputs" / "optcore.db") as store:
+        notes = [run.config["inherited"] for run in sorted(store.runs(), key=lambda run: run.id)]
+    assert notes[0] is None
+    assert [note["trial"] for note in notes[1:]] == [0, 1]
+    assert all(0 < note["share"] <= 1 for note in notes[1:])
+    assert len(list((tmp_path / "outputs").rglob("weights.pt"))) == len(trials) == 3
+
+
 def test_killed_it_continues_by_the_same_command(optcore, tmp_path):
     arguments = ("nas", "nas.max_trials=5", "nas/strategy=random", "objective=[val/acc]", *SMALL)
     command = [sys.executable, "-m", "lightning_optcore.cli", *arguments]
@@ -161,6 +176,7 @@ def known(folder):
         (["nas.constraints={params: 10}"], "constraints.params=10: met by none of 300 architectures, the smallest"),
         (["objective=[val/acc,speed]"], "objective 'speed' was never reported: expected one of flops, latency_ms"),
         (["nas.space._target_=no.such"], "nas.space._target_=no.such: no such class"),
+        (["nas.inherit=true", "callbacks=structured_pruning"], "nas.inherit=True: StructuredPruning makes another"),
         (["nas.space.in_features=63"], "the first 5 trials all failed; the last one: RuntimeError: mat1 and mat2"),
     ],
 )
