@@ -7,6 +7,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.objective import parse_objective
 from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.sweep_reporting import write_own_report
-from lightning_optcore.nas.evaluator import COSTS, LightningEvaluator, trial_directory
+from lightning_optcore.nas.evaluator import LightningEvaluator, trial_directory
 from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.nas.loop import search
+from lightning_optcore.nas.module_proxies import PROXIES
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.retraining import configured_space, save_architecture
 from lightning_optcore.nas.space import Architecture
@@ -92,7 +94,6 @@ def run(config: DictConfig) -> None:
         describe=describe,
         on_begin=begun,
         show=True,
-        known_costs=_known_costs(evaluator, list(objective)),
     )
     commands = _write_front(found, space.to_dict(), carried)
     report = _report(_target(config.store.path), found.sweep_id) if config.report.enabled else None
@@ -133,6 +134,14 @@ class ConfiguredEvaluator:
     def estimate(self, architecture: Architecture) -> dict[str, float]:
         """Return what is known before a training."""
         return self._made().estimate(architecture)
+
+    @property
+    def proxies(self) -> dict[str, Callable[[Architecture], float]]:
+        """The zero-cost proxies by name."""
+        return {name: partial(self._proxy, name) for name in PROXIES}
+
+    def _proxy(self, name: str, architecture: Architecture) -> float:
+        return self._made().proxies[name](architecture)
 
     def _made(self) -> LightningEvaluator:
         if self._evaluator is None:
@@ -232,22 +241,6 @@ def _report(store: str, sweep_id: int) -> Path | None:
         again = shlex.join(["optcore", "report", f"sweep={sweep_id}", override_text("store.path", store)])
         log.warning("no report of the search: %s: %s; make it by: %s", type(error).__name__, error, again)
         return None
-
-
-def _known_costs(evaluator: ConfiguredEvaluator, names: list[str]) -> Callable[[Architecture], dict[int, float] | None]:
-    """Return what tells a strategy the objectives that are known before a training, by their number."""
-
-    def known(architecture: Architecture) -> dict[int, float] | None:
-        try:
-            costs = evaluator.estimate(architecture)
-        except Exception as error:
-            log.debug("no estimate of %s: %s", architecture, error)
-            # What cannot be built is the last that is worth a training; a great number would set the scale of the rest.
-            return None
-        # A latency is only predicted.
-        return {i: costs[name] for i, name in enumerate(names) if name in COSTS and name in costs}
-
-    return known
 
 
 def _command(overrides: list[str], config_name: str) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,13 @@ from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.quality import validate
 from lightning_optcore.measurement.yardstick import static_costs
 from lightning_optcore.nas.latency_table import LatencyTable
+from lightning_optcore.nas.module_proxies import PROXIES, ModuleProxies
 from lightning_optcore.nas.parents import Inherited, keep_weights, parent_of, shapes_of, with_weights_of
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import open_journal
 from lightning_optcore.sweeps.task import current_trial
 
-# What of the yardstick is known of a network before it is trained.
-COSTS = ("params", "size_bytes", "flops")
 _COMPRESSION = "lightning_optcore.compression."
 # To so many random networks a table of latencies is fitted.
 _FITTED = 8
@@ -100,6 +100,7 @@ class LightningEvaluator:
         self._inherit = inherit
         self._called: tuple[str, Any] | None = None
         self._compresses: bool | None = None
+        self._proxies = ModuleProxies(self._fresh, data, seed)
         if not isinstance(inherit, bool):
             raise MisconfigurationException(f"inherit={inherit!r}: expected true or false")
         if inherit:
@@ -155,7 +156,7 @@ class LightningEvaluator:
             self._compresses = any(_changes_networks(callback) for callback in self._callbacks())
         if self._compresses:
             return {}
-        model = self._module(self.space.build(architecture))
+        model = self._fresh(architecture)
         if self._called is None:
             # What validation calls, and with what, is the same for every network.
             with ForwardRecorder(model) as recorder:
@@ -171,6 +172,16 @@ class LightningEvaluator:
             costs["latency_ms"] = self._predicted(self._latency, network, name, inputs)
         return costs
 
+    @property
+    def proxies(self) -> dict[str, Callable[[Architecture], float]]:
+        """The zero-cost proxies by name, of a network before it is trained; see
+        :class:`~lightning_optcore.nas.module_proxies.ModuleProxies`.
+        """
+        return {name: partial(self._proxies, name) for name in PROXIES}
+
+    def _fresh(self, architecture: Architecture) -> LightningModule:
+        return self._module(self.space.build(architecture))
+
     def _predicted(self, table: LatencyTable, network: nn.Module, name: str, inputs: Any) -> float:
         """Return the predicted milliseconds at the first batch size."""
         batch = Inputs.of(inputs).resized(self._measure.get("batch_sizes", (1,))[0])
@@ -178,7 +189,7 @@ class LightningEvaluator:
             rng, networks = np.random.default_rng(self._seed), []
             for _ in range(_FITTED):
                 drawn = self.space.choices.sample(rng)
-                networks.append(submodule(self._module(self.space.build(drawn)), name).to("cpu"))
+                networks.append(submodule(self._fresh(drawn), name).to("cpu"))
             table.fit(networks, batch)
         return table.predict(network, batch)
 

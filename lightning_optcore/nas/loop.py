@@ -23,6 +23,7 @@ from rich.console import Console
 
 from lightning_optcore.measurement.directions import Direction, direction_of
 from lightning_optcore.nas.limits import Constraints, Limits, described_excess, violation_of
+from lightning_optcore.nas.offers import offered_by
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.nas.strategies import Strategy, searcher_of
@@ -71,7 +72,8 @@ def search(
         space: A ``ModelSpace`` of NNI, an :class:`~lightning_optcore.nas.ArchitectureSpace`, a
             :class:`~lightning_optcore.search.Space`, or a mapping of labels to their values.
         evaluate: Returns numbers by name for an architecture; see :class:`~lightning_optcore.nas.LightningEvaluator`.
-            What its method ``estimate(architecture)`` returns, if it has one, is known before it is paid for.
+            What its method ``estimate(architecture)`` returns, if it has one, is known before it is paid for;
+            :func:`~lightning_optcore.nas.offers.offered_by` says what of it strategies are told.
         objectives: What is searched for: ``{"acc": "maximize"}``, or names, whose directions are the yardstick's own.
         strategy: A name of :data:`lightning_optcore.nas.strategies.STRATEGIES`, or a searcher's class.
         max_trials: How many architectures are evaluated. Those that are not (see ``constraints``) are not counted.
@@ -90,7 +92,7 @@ def search(
         describe: Returns the overrides by which a candidate is made again, from the folder and the candidate.
         on_begin: Called with the search's number and folder before the first trial.
         show: Whether a table of the trials is printed as they come; by default on a terminal.
-        offered: What is handed to a strategy that has an argument of that name.
+        offered: What is handed to a strategy that has an argument of that name, beside what ``evaluate`` offers.
 
     Raises:
         ArchitectureError: If the space contradicts itself.
@@ -110,6 +112,7 @@ def search(
             raise SearchError(f"{name}={value!r}: expected a positive whole number")
     directions = _directions(objectives)
     where = architecture_space(space)
+    offered = {**offered_by(evaluate, list(directions)), **offered}
     searcher = searcher_of(strategy, where.choices, list(directions.values()), seed=seed, initial=initial, **offered)
     with ExitStack() as stack:
         target = _store_of(store, stack)
