@@ -7,7 +7,31 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary file, which takes the place of another one if the block ends well.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left half-written.
+
+    Example:
+        >>> target = Path(tempfile.mkdtemp()) / "data.bin"
+        >>> with replacing(target) as temporary:
+        ...     _ = temporary.write_bytes(b"all of it")
+        >>> target.read_bytes()
+        b'all of it'
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -16,23 +40,5 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: If it cannot be written; nothing is left half-written.
     """
-    with whole_file(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a binary file that is renamed to ``path`` when the block ends, and is gone if it fails.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -25,13 +26,12 @@ from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.objective import parse_objective
 from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.sweep_reporting import write_own_report
-from lightning_optcore.nas.evaluator import COSTS, LightningEvaluator, trial_directory
+from lightning_optcore.nas.evaluator import LightningEvaluator, trial_directory
 from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.nas.loop import search
 from lightning_optcore.nas.one_shot import one_shot_of
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.retraining import configured_space, save_architecture
-from lightning_optcore.nas.space import Architecture
 from lightning_optcore.nas.supernet_file import SUPERNET_FILE, load_supernet
 from lightning_optcore.search.grammar import override_text
 from lightning_optcore.search.searcher import Candidate
@@ -57,7 +57,10 @@ def run(config: DictConfig) -> None:
         raise ConfigurationError("store.path=null: a search needs a store, e.g. store.path=outputs/optcore.db")
     output_dir = Path(hydra.runtime.output_dir)
     space = configured_space(config.nas.space)
-    evaluator = ConfiguredEvaluator(_plain(config), str(output_dir))
+    try:
+        evaluator = ConfiguredEvaluator(_plain(config), str(output_dir))
+    except MisconfigurationException as error:
+        raise ConfigurationError(f"nas.{error}" if str(error).startswith("inherit=") else str(error)) from error
     strategy = instantiate(config.nas.strategy, _partial_=True, _convert_="all")
     one_shot = one_shot_of(strategy)
     inherits = one_shot is not None and one_shot.samples
@@ -101,7 +104,6 @@ def run(config: DictConfig) -> None:
         describe=describe,
         on_begin=begun,
         show=True,
-        known_costs=_known_costs(evaluator, list(objective)),
     )
     commands = _write_front(found, space.to_dict(), partial(overrides, Path(found.directory)))
     report = _report(_target(config.store.path), found.sweep_id) if config.report.enabled else None
@@ -132,6 +134,7 @@ class ConfiguredEvaluator(LightningEvaluator):
             test=config["test"],
             measure=config["measure"],
             latency=_latency_table(config),
+            inherit=config["nas"]["inherit"],
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -215,22 +218,6 @@ def _report(store: str, sweep_id: int) -> Path | None:
         again = shlex.join(["optcore", "report", f"sweep={sweep_id}", override_text("store.path", store)])
         log.warning("no report of the search: %s: %s; make it by: %s", type(error).__name__, error, again)
         return None
-
-
-def _known_costs(evaluator: ConfiguredEvaluator, names: list[str]) -> Callable[[Architecture], dict[int, float] | None]:
-    """Return what tells a strategy the objectives that are known before a training, by their number."""
-
-    def known(architecture: Architecture) -> dict[int, float] | None:
-        try:
-            costs = evaluator.estimate(architecture)
-        except Exception as error:
-            log.debug("no estimate of %s: %s", architecture, error)
-            # What cannot be built is the last that is worth a training; a great number would set the scale of the rest.
-            return None
-        # A latency is only predicted.
-        return {i: costs[name] for i, name in enumerate(names) if name in COSTS and name in costs}
-
-    return known
 
 
 def _command(overrides: list[str], config_name: str) -> str:

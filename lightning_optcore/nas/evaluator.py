@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import nn
 
@@ -19,15 +22,14 @@ from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.quality import validate
 from lightning_optcore.measurement.yardstick import static_costs
 from lightning_optcore.nas.latency_table import LatencyTable
+from lightning_optcore.nas.module_proxies import PROXIES, ModuleProxies
+from lightning_optcore.nas.parents import Inherited, keep_weights, parent_of, shapes_of, with_weights_of
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import open_journal
 from lightning_optcore.sweeps.task import current_trial
 
-# What of the yardstick is known of a network before it is trained.
-COSTS = ("params", "size_bytes", "flops")
-
-
+_COMPRESSION = "lightning_optcore.compression."
 # To so many random networks a table of latencies is fitted.
 _FITTED = 8
 
@@ -53,6 +55,12 @@ class LightningEvaluator:
         measure: Options of :func:`lightning_optcore.measure`: batch sizes, threads, rounds.
         latency: Predicts ``latency_ms`` before a training, for limits on it; one that was never fitted to such inputs
             is, to a few random networks of the space.
+        inherit: Whether the network of a trial begins with the weights of an earlier one, as far as they fit: of its
+            candidate's own parent, or of the nearest architecture. Each trial then leaves ``weights.pt`` in its folder.
+
+    Raises:
+        MisconfigurationException: If weights are to be inherited, and a callback makes another network of the trained
+            one.
 
     Example:
         >>> from functools import partial
@@ -78,6 +86,7 @@ class LightningEvaluator:
         test: bool = False,
         measure: Mapping[str, Any] | None = None,
         latency: LatencyTable | None = None,
+        inherit: bool = False,
     ) -> None:
         self.space = architecture_space(space)
         self.module = module
@@ -88,8 +97,14 @@ class LightningEvaluator:
         self._test = test
         self._measure = dict(measure or {})
         self._latency = latency
+        self._inherit = inherit
         self._called: tuple[str, Any] | None = None
         self._compresses: bool | None = None
+        self._proxies = ModuleProxies(self._fresh, data, seed)
+        if not isinstance(inherit, bool):
+            raise MisconfigurationException(f"inherit={inherit!r}: expected true or false")
+        if inherit:
+            self._check_networks_stay()
 
     def __call__(self, architecture: Architecture) -> dict[str, float]:
         """Train and measure.
@@ -97,11 +112,29 @@ class LightningEvaluator:
         Raises:
             EvaluationError: If a loss is no finite number, or a technique that was asked for made no artifact.
         """
-        return self.evaluated(
-            architecture,
-            lambda: self.module(self.space.build(architecture)),
-            lambda trainer, model, data: trainer.fit(model, datamodule=data),
-        )
+        noted: dict[str, Any] = {}
+        given: dict[str, Any] = {}
+
+        def build() -> LightningModule:
+            network, inherited = self._network(architecture)
+            given.update(network=network, shapes=shapes_of(network))
+            if self._inherit:
+                noted["inherited"] = None if inherited is None else asdict(inherited)
+            model = self.module(network)
+            if self._inherit and not any(one is network for one in model.modules()):
+                raise EvaluationError(
+                    f"inherit=True: {type(model).__name__} does not hold the network that it was given, so that its "
+                    "weights are not known after the fit; assign the network itself, not a copy"
+                )
+            return model
+
+        def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule) -> None:
+            trainer.fit(model, datamodule=data)
+            directory = trial_directory()
+            if self._inherit and directory is not None and trainer.is_global_zero:
+                keep_weights(given["network"], given["shapes"], directory)
+
+        return self.evaluated(architecture, build, fit, noted=noted)
 
     def evaluated(
         self,
@@ -109,6 +142,7 @@ class LightningEvaluator:
         build: Callable[[], LightningModule],
         run: Callable[[Trainer, LightningModule, LightningDataModule], Any],
         more: Sequence[Callback] = (),
+        noted: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """Let a Trainer run the module of an architecture, and measure.
 
@@ -117,6 +151,7 @@ class LightningEvaluator:
             build: Returns its module; random numbers are seeded by then.
             run: What the Trainer does; what is logged by it is the quality.
             more: Callbacks beside those of the trial.
+            noted: What else is recorded, as it is after the run.
 
         Raises:
             EvaluationError: As in a call.
@@ -140,7 +175,7 @@ class LightningEvaluator:
         for callback in callbacks:
             if getattr(callback, "error", None) is not None:
                 raise EvaluationError(callback.error)  # type: ignore[attr-defined]
-        self._record(architecture, measurements, directory)
+        self._record(architecture, measurements, directory, noted or {})
         last = next(reversed(measurements.values())).scalars() if measurements else {}
         return {**quality, **last}
 
@@ -155,7 +190,7 @@ class LightningEvaluator:
 
     def costs(self, architecture: Architecture) -> dict[str, float]:
         """Return what a network costs as it is built; see :meth:`estimate`."""
-        model = self.module(self.space.build(architecture))
+        model = self._fresh(architecture)
         if self._called is None:
             # What validation calls, and with what, is the same for every network.
             with ForwardRecorder(model) as recorder:
@@ -171,6 +206,16 @@ class LightningEvaluator:
             costs["latency_ms"] = self._predicted(self._latency, network, name, inputs)
         return costs
 
+    @property
+    def proxies(self) -> dict[str, Callable[[Architecture], float]]:
+        """The zero-cost proxies by name, of a network before it is trained; see
+        :class:`~lightning_optcore.nas.module_proxies.ModuleProxies`.
+        """
+        return {name: partial(self._proxies, name) for name in PROXIES}
+
+    def _fresh(self, architecture: Architecture) -> LightningModule:
+        return self.module(self.space.build(architecture))
+
     def _predicted(self, table: LatencyTable, network: nn.Module, name: str, inputs: Any) -> float:
         """Return the predicted milliseconds at the first batch size."""
         batch = Inputs.of(inputs).resized(self._measure.get("batch_sizes", (1,))[0])
@@ -178,20 +223,45 @@ class LightningEvaluator:
             rng, networks = np.random.default_rng(self.seed), []
             for _ in range(_FITTED):
                 drawn = self.space.choices.sample(rng)
-                networks.append(submodule(self.module(self.space.build(drawn)), name).to("cpu"))
+                networks.append(submodule(self._fresh(drawn), name).to("cpu"))
             table.fit(networks, batch)
         return table.predict(network, batch)
 
-    def _record(self, architecture: Architecture, measurements: Mapping[str, Any], directory: Path | None) -> None:
+    def _network(self, architecture: Architecture) -> tuple[nn.Module, Inherited | None]:
+        """Return the network of an architecture, and what it begins with."""
+        network, trial = self.space.build(architecture), current_trial()
+        if not self._inherit or trial is None:
+            return network, None
+        sweep_id, number, store = trial
+        journal = open_journal(store)
+        parent = parent_of(journal.trial(sweep_id, number), journal.trials(sweep_id))
+        return (network, None) if parent is None else with_weights_of(parent, network, self.space.build)
+
+    def _check_networks_stay(self) -> None:
+        changing = [type(one).__name__ for one in self.callbacks() if changes_networks(one)]
+        if changing:
+            raise MisconfigurationException(
+                f"inherit=True: {', '.join(changing)} makes another network of the trained one, whose weights fit no "
+                "network of the space; leave out one of both"
+            )
+
+    def _record(
+        self,
+        architecture: Architecture,
+        measurements: Mapping[str, Any],
+        directory: Path | None,
+        noted: Mapping[str, Any],
+    ) -> None:
         """Leave a run in the store of the search, if there is one."""
         trial = current_trial()
         if trial is None:
             return
         sweep_id, number, target = trial
+        config = {"architecture": architecture, "sweep": sweep_id, "trial": number, **noted}
         with Store(target) as store:
             run_id = store.start(
                 "nas",
-                config={"architecture": architecture, "sweep": sweep_id, "trial": number},
+                config=config,
                 hardware_fingerprint=hardware_fingerprint(),
                 seed=self.seed,
                 directory=None if directory is None else str(directory),
@@ -223,7 +293,8 @@ def interruptible(trainer: Trainer) -> Iterator[None]:
 
 def changes_networks(callback: Callback) -> bool:
     """Whether a callback makes another network of the one that is trained, whose costs are only known after it."""
-    return any(kind.__module__.startswith("lightning_optcore.compression.") for kind in type(callback).__mro__)
+    kinds = [kind.__module__ for kind in type(callback).__mro__ if kind.__module__.startswith(_COMPRESSION)]
+    return any(kind != f"{_COMPRESSION}distillation" for kind in kinds)
 
 
 def trial_directory() -> Path | None:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from lightning_optcore.measurement.directions import Direction, direction_of
 from lightning_optcore.nas.limits import Constraints, Limits, described_excess, violation_of
+from lightning_optcore.nas.offers import offered_by
 from lightning_optcore.nas.one_shot import OneShot, Prepare, one_shot_of, planned
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.space import Architecture, architecture_space
@@ -72,7 +73,8 @@ def search(
         space: A ``ModelSpace`` of NNI, an :class:`~lightning_optcore.nas.ArchitectureSpace`, a
             :class:`~lightning_optcore.search.Space`, or a mapping of labels to their values.
         evaluate: Returns numbers by name for an architecture; see :class:`~lightning_optcore.nas.LightningEvaluator`.
-            What its method ``estimate(architecture)`` returns, if it has one, is known before it is paid for.
+            What its method ``estimate(architecture)`` returns, if it has one, is known before it is paid for;
+            :func:`~lightning_optcore.nas.offers.offered_by` says what of it strategies are told.
         objectives: What is searched for: ``{"acc": "maximize"}``, or names, whose directions are the yardstick's own.
         strategy: A name of :data:`lightning_optcore.nas.strategies.STRATEGIES`, or a searcher's class. Or a name of
             :data:`lightning_optcore.nas.strategies.ONE_SHOT`, or a :class:`~lightning_optcore.nas.OneShot`: it trains
@@ -93,7 +95,7 @@ def search(
         describe: Returns the overrides by which a candidate is made again, from the folder and the candidate.
         on_begin: Called with the search's number and folder before the first trial.
         show: Whether a table of the trials is printed as they come; by default on a terminal.
-        offered: What is handed to a strategy that has an argument of that name.
+        offered: What is handed to a strategy that has an argument of that name, beside what ``evaluate`` offers.
 
     Raises:
         ArchitectureError: If the space contradicts itself.
@@ -116,6 +118,7 @@ def search(
     if command is None:
         command = _identity(evaluate, one_shot_of(strategy) or strategy, directions, seed)
     strategy, evaluate, prepare = planned(strategy, evaluate)
+    offered = {**offered_by(evaluate, list(directions)), **offered}
     searcher = searcher_of(strategy, where.choices, list(directions.values()), seed=seed, initial=initial, **offered)
     with ExitStack() as stack:
         target = _store_of(store, stack)

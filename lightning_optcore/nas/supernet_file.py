@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_optcore.files import whole_file
+from lightning_optcore.files import replacing
 from lightning_optcore.fingerprints import fingerprint
 from lightning_optcore.nas.space import Architecture, ArchitectureSpace
 from lightning_optcore.nas.supernet import Kind, SupernetError, find_supernet, sub_network, supernet
@@ -45,7 +45,7 @@ def save_supernet(path: str | Path, trained: TrainedSupernet) -> Path:
     """Write a trained supernet into a file, whole or not at all."""
     known = {name: getattr(trained, name) for name in TrainedSupernet.__dataclass_fields__}
     content = {"version": FILE_VERSION, "fingerprint": fingerprint(trained.trained_as), **known}
-    with whole_file(Path(path)) as file:
+    with replacing(Path(path)) as file:
         torch.save(content, file)
     return Path(path)
 

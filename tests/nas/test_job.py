@@ -122,6 +122,35 @@ def test_ones_own_model_space_is_searched_in_processes(optcore, tmp_path):
     assert sorted(one.candidate.params["width"] for one in trials) == [8, 16]
 
 
+def test_proxies_are_asked_for_by_name(optcore, tmp_path):
+    done = optcore(
+        "nas", "nas/space=cnn_cell", "nas/strategy=adaptive_evolution", "nas.strategy.proxies=[synflow,naswot]",
+        "nas.strategy.pool_size=4", "nas.strategy.random_points=4", "+nas.strategy.initial_trials=3",
+        "nas.max_trials=4", "objective=[val/acc,params]", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no synflow" not in done.stderr + done.stdout and "no naswot" not in done.stderr + done.stdout
+    ((sweep, _),) = searches(tmp_path)
+    # The model of the accuracy, the parameters being counted, has a length scale for each choice, for how often each
+    # of the five operations stands and for each proxy; and three numbers more.
+    assert [len(logs) for logs in sweep.state["own"]["logs"]] == [6 + 5 + 2 + 3]
+
+
+def test_trials_begin_with_the_weights_of_a_parent(optcore, tmp_path):
+    done = optcore(
+        "nas", "nas.inherit=true", "nas.max_trials=3", "nas/strategy=grid", "nas.space.width='choice(16,32)'",
+        "objective=[val/acc,params]", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ((_, trials),) = searches(tmp_path)
+    with Store(tmp_path / "outputs" / "optcore.db") as store:
+        notes = [run.config["inherited"] for run in sorted(store.runs(), key=lambda run: run.id)]
+    assert notes[0] is None
+    assert [note["trial"] for note in notes[1:]] == [0, 1]
+    assert all(0 < note["share"] <= 1 for note in notes[1:])
+    assert len(list((tmp_path / "outputs").rglob("weights.pt"))) == len(trials) == 3
+
+
 def test_killed_it_continues_by_the_same_command(optcore, tmp_path):
     arguments = ("nas", "nas.max_trials=5", "nas/strategy=random", "objective=[val/acc]", *SMALL)
     command = [sys.executable, "-m", "lightning_optcore.cli", *arguments]
@@ -161,6 +190,11 @@ def known(folder):
         (["nas.constraints={params: 10}"], "constraints.params=10: met by none of 300 architectures, the smallest"),
         (["objective=[val/acc,speed]"], "objective 'speed' was never reported: expected one of flops, latency_ms"),
         (["nas.space._target_=no.such"], "nas.space._target_=no.such: no such class"),
+        (
+            ["nas/strategy=adaptive_evolution", "nas.strategy.proxies=[flow]"],
+            "proxies=['flow']: 'flow': expected names among gradient_norm, synflow, naswot",
+        ),
+        (["nas.inherit=true", "callbacks=structured_pruning"], "nas.inherit=True: StructuredPruning makes another"),
         (["nas.space.in_features=63"], "the first 5 trials all failed; the last one: RuntimeError: mat1 and mat2"),
     ],
 )
