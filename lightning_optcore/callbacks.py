@@ -3,6 +3,7 @@
 from lightning_optcore.compression.distillation import KnowledgeDistillation
 from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
 from lightning_optcore.compression.quantization import PostTrainingQuantization
+from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
 from lightning_optcore.compression.structured_pruning import StructuredPruning
 from lightning_optcore.nas.one_shot import DifferentiableSearch, SampledTraining
 from lightning_optcore.profiling.performance_profiler import PerformanceProfiler
@@ -16,6 +17,7 @@ __all__ = [
     "PerformanceProfiler",
     "PopulationMember",
     "PostTrainingQuantization",
+    "QuantizationAwareTraining",
     "SampledTraining",
     "StructuredPruning",
     "TrialPruning",

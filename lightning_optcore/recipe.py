@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 _BUILT_IN = {
     "post_training_quantization": "lightning_optcore.compression.quantization",
     "magnitude_pruning": "lightning_optcore.compression.magnitude_pruning",
+    "quantization_aware_training": "lightning_optcore.compression.quantization_aware_training",
     "structured_pruning": "lightning_optcore.compression.structured_pruning",
 }
 
