@@ -4,6 +4,7 @@ from lightning_optcore.compression.allocation import LayerwiseAllocation
 from lightning_optcore.compression.distillation import KnowledgeDistillation
 from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
 from lightning_optcore.compression.quantization import PostTrainingQuantization
+from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
 from lightning_optcore.compression.structured_pruning import StructuredPruning
 from lightning_optcore.nas.differentiable_search import DifferentiableSearch
 from lightning_optcore.nas.sampled_training import SampledTraining
@@ -19,6 +20,7 @@ __all__ = [
     "PerformanceProfiler",
     "PopulationMember",
     "PostTrainingQuantization",
+    "QuantizationAwareTraining",
     "SampledTraining",
     "StructuredPruning",
     "TrialPruning",

@@ -22,6 +22,7 @@ _BUILT_IN = {
     "layerwise_allocation": "lightning_optcore.compression.allocation",
     "post_training_quantization": "lightning_optcore.compression.quantization",
     "magnitude_pruning": "lightning_optcore.compression.magnitude_pruning",
+    "quantization_aware_training": "lightning_optcore.compression.quantization_aware_training",
     "structured_pruning": "lightning_optcore.compression.structured_pruning",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -273,6 +274,15 @@ def require_small_weights(step: str, model: OnnxModel) -> None:
         )
     if small < 0.5 * whole:
         rank_zero_warn(f"{step}: {whole - small:,} of {whole:,} bytes of weights are of layers that have no int8 form")
+
+
+def check_openvino(step: str) -> None:
+    """Raise :class:`MisconfigurationException` unless the extra ``openvino`` is installed."""
+    missing = [name for name in ("nncf", "openvino") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MisconfigurationException(
+            f"{step}.backend='openvino': needs {' and '.join(missing)}: pip install \"lightning-optcore[openvino]\""
+        )
 
 
 def _in_single_precision(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_optcore.compression._compat import allow_instantiator
 from lightning_optcore.compression.attention import HeadPrunedAttention, allow_all_heads
+from lightning_optcore.compression.fake_quantization import remove_fake_quantization
 from lightning_optcore.compression.structure import Structure, resize
 from lightning_optcore.recipe import Recipe, RecipeError, Step, rebuild
 
@@ -138,6 +139,7 @@ def _bring_to(module: nn.Module, original: Structure, recipe: Recipe) -> None:
     for child in module.modules():
         if isinstance(child, HeadPrunedAttention):
             allow_all_heads(child)
+    remove_fake_quantization(module)
     resize(module, original)
     rebuild(module, recipe)
 

@@ -189,7 +189,7 @@ def _after(layer: Any, args: tuple[Any, ...], output: Any) -> Any:
     return output if block is None else rounded_embeddings(output, block)
 
 
-def _weights(layer: Any) -> Iterator[tuple[nn.Module, str]]:
+def _weights(layer: Any) -> Iterator[tuple[Any, str]]:
     if not isinstance(layer, nn.MultiheadAttention):
         yield layer, "weight"
         return

@@ -1,4 +1,4 @@
-"""4-bit embeddings: half of a small transformer is its table of tokens."""
+"""Embeddings in 4 or 8 bits: half of a small transformer is its table of tokens."""
 
 from __future__ import annotations
 
@@ -68,6 +68,45 @@ def with_int4_embeddings(model: OnnxModel, nodes: Sequence[str] | None = None) -
     kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
+    return OnnxModel(proto.SerializeToString(), model.signature)
+
+
+def with_int8_embeddings(model: OnnxModel) -> OnnxModel:
+    """Store the embeddings of a model in 8 bits, each row with a scale of its own.
+
+    ONNX Runtime's own form has one scale for a whole table.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    tables = {tensor.name: tensor for tensor in proto.graph.initializer}
+    nodes = []
+    for node in proto.graph.node:
+        table = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        along_rows = not any(attribute.name == "axis" and attribute.i != 0 for attribute in node.attribute)
+        if table is None or table.data_type != TensorProto.FLOAT or len(table.dims) != 2 or not along_rows:
+            nodes.append(node)
+            continue
+        numbers, scales = f"{table.name}_int8", f"{table.name}_int8_scale"
+        if numbers not in tables:
+            rows = numpy_helper.to_array(table)
+            height = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+            scale = np.where(height > 0, height, 1).astype(np.float32)
+            added = (
+                numpy_helper.from_array(np.round(rows / scale).astype(np.int8), numbers),
+                numpy_helper.from_array(scale, scales),
+            )
+            proto.graph.initializer.extend(added)
+            tables |= {tensor.name: tensor for tensor in added}
+        name, (output,) = node.name, node.output
+        row, scale_of_row, number = f"{output}_row", f"{output}_row_scale", f"{output}_row_number"
+        nodes += [
+            helper.make_node("Gather", [numbers, node.input[1]], [row], name=f"{name}_row"),
+            helper.make_node("Gather", [scales, node.input[1]], [scale_of_row], name=f"{name}_row_scale"),
+            helper.make_node("Cast", [row], [number], name=f"{name}_row_number", to=TensorProto.FLOAT),
+            helper.make_node("Mul", [number, scale_of_row], [output], name=name),
+        ]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
     return OnnxModel(proto.SerializeToString(), model.signature)
 
 

@@ -6,7 +6,6 @@ Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv:1712.05877).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
@@ -23,6 +22,7 @@ from lightning_optcore.compression.artifact_making import (
     Made,
     NoArtifact,
     Source,
+    check_openvino,
     guarded_metric,
     quality_drop,
     require_small_weights,
@@ -324,7 +324,7 @@ class PostTrainingQuantization(ArtifactCallback):
     ) -> None:
         _check_options(backend, scheme, weight_bits, embedding_bits)
         if backend == "openvino":
-            _check_installed("nncf", "openvino")
+            check_openvino(STEP)
         _check_drop(max_quality_drop)
         if mode not in (None, "min", "max"):
             raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
@@ -404,14 +404,6 @@ class PostTrainingQuantization(ArtifactCallback):
         raise NoArtifact(
             f"{STEP}.max_quality_drop={self.max_quality_drop}: {metric} dropped by {drop:.4g}{with_some}; "
             "allow more, or train with quantization"
-        )
-
-
-def _check_installed(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MisconfigurationException(
-            f"{STEP}.backend='openvino': needs {' and '.join(missing)}: pip install \"lightning-optcore[openvino]\""
         )
 
 

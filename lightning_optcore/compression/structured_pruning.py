@@ -36,6 +36,7 @@ from lightning_optcore.compression.channel_groups import (
     plan_cut,
 )
 from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, ledger_of, open_ledger
+from lightning_optcore.compression.fake_quantization import in_floating_point
 from lightning_optcore.compression.layer_latency import LayerLatency
 from lightning_optcore.compression.reconstruction import compensate
 from lightning_optcore.compression.schedule import Schedule
@@ -388,6 +389,11 @@ class StructuredPruning(Callback):
         return {"args": self._inputs.args, "kwargs": self._inputs.kwargs}
 
     def _prune(self, trainer: Any, pl_module: Any, progress: float) -> None:
+        # What the channels are worth is asked of the weights themselves, whatever rounds them.
+        with in_floating_point(pl_module):
+            self._cut(trainer, pl_module, progress)
+
+    def _cut(self, trainer: Any, pl_module: Any, progress: float) -> None:
         assert self._key is not None and self._target is not None and self._inputs is not None
         name, inputs = self._target, self._inputs
         target, prefix = submodule(pl_module, name), f"{name}." if name else ""
