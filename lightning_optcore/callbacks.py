@@ -2,6 +2,7 @@
 
 from lightning_optcore.compression.allocation import LayerwiseAllocation
 from lightning_optcore.compression.distillation import KnowledgeDistillation
+from lightning_optcore.compression.low_rank import LowRankFactorization
 from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
@@ -16,6 +17,7 @@ __all__ = [
     "DifferentiableSearch",
     "KnowledgeDistillation",
     "LayerwiseAllocation",
+    "LowRankFactorization",
     "MagnitudePruning",
     "PerformanceProfiler",
     "PopulationMember",

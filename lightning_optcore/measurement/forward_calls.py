@@ -18,6 +18,8 @@ from lightning_optcore.measurement.inputs import Inputs
 
 # Marks a forward of ours; its value is the instance's own forward that it stands in for.
 _PREVIOUS = "_optcore_previous_forward"
+# Marks a forward of a recorder that is detached while another one, attached later, still calls it.
+_DETACHED = "_optcore_detached_forward"
 
 
 def unwrap_forwards(copied: nn.Module) -> None:
@@ -72,7 +74,7 @@ class ForwardRecorder:
     max_samples: int = 1
     inputs: dict[str, list[Inputs]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-    _wrapped: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    _wrapped: list[tuple[nn.Module, Callable[..., Any]]] = field(default_factory=list)
     _depth: int = 0
 
     def attach(self) -> None:
@@ -82,12 +84,16 @@ class ForwardRecorder:
                 self._wrap(name, module)
 
     def detach(self) -> None:
-        """Stop to record and leave the modules as they were."""
-        for module, previous in self._wrapped:
-            if previous is None:
+        """Stop to record and leave the modules as they were; recorders may stop in any order."""
+        for module, forward in self._wrapped:
+            setattr(forward, _DETACHED, True)
+            present = module.__dict__.get("forward")
+            while hasattr(present, _DETACHED):
+                present = getattr(present, _PREVIOUS)
+            if present is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = previous
+                module.forward = present
         self._wrapped.clear()
         self._depth = 0
 
@@ -111,9 +117,10 @@ class ForwardRecorder:
 
     def _wrap(self, name: str, module: nn.Module) -> None:
         original = module.forward
-        self._wrapped.append((module, module.__dict__.get("forward")))
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if hasattr(forward, _DETACHED):
+                return original(*args, **kwargs)
             if self._depth == 0:
                 self._record(name, Inputs(args, kwargs))
             self._depth += 1
@@ -123,6 +130,7 @@ class ForwardRecorder:
                 self._depth -= 1
 
         setattr(forward, _PREVIOUS, module.__dict__.get("forward"))
+        self._wrapped.append((module, forward))
         module.forward = forward
 
     def _record(self, name: str, inputs: Inputs) -> None:

@@ -234,6 +234,8 @@ def test_checkpoints_of_every_shape_load_everywhere(make_trainer, tmp_path):
             assert again == metrics
     assert sizes[0] == sizes[4] < sizes[3] < sizes[1]
     trainer.test(model, Digits(), ckpt_path="best", verbose=False)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert params(CNN.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)) == params(model)
 
 
 class TwoOptimizers(LightningModule):

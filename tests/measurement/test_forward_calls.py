@@ -77,3 +77,18 @@ def test_uneven_batches_join_along_their_own_axes():
     merged = joined(batches)
     assert [tuple(t.shape) for t in merged.tensors()] == [(7, 7), (2, 7, 5), (1,)]
     assert [tuple(t.shape) for t in merged.samples(2, 6).tensors()] == [(4, 7), (2, 4, 5), (1,)]
+
+
+def test_recorders_stop_in_any_order():
+    for order in ((0, 1), (1, 0)):
+        net = Net()
+        recorders = [ForwardRecorder(net, max_samples=9), ForwardRecorder(net, max_samples=9)]
+        for recorder in recorders:
+            recorder.attach()
+        net(torch.zeros(3, 4))
+        recorders[order[0]].detach()
+        net(torch.zeros(3, 4))
+        recorders[order[1]].detach()
+        net(torch.zeros(3, 4))
+        assert [recorders[i].calls[""] for i in order] == [1, 2]
+        assert all("forward" not in module.__dict__ for module in net.modules())
