@@ -17,7 +17,7 @@ import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_optcore.compression import structured_pruning
+from lightning_optcore.compression import low_rank, structured_pruning
 from lightning_optcore.compression.allocation_solver import AllocationError, Solver, solver_of
 from lightning_optcore.compression.allocation_workbench import HarmCache, Made, Workbench
 from lightning_optcore.compression.artifact_making import (
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 STEP = "layerwise_allocation"
 WIDTHS = (0.75, 0.5, 0.25)
+RANKS = (0.5, 0.25)
 # Between the least and the greatest harm, so many bounds are tried when a quality is asked for.
 _HALVINGS = 8
 _CORRECTIONS = 3
@@ -104,10 +105,11 @@ def allocate(
     solver: str | Solver = "ilp",
     scheme: str = "auto",
     widths: Sequence[float] = WIDTHS,
+    ranks: Sequence[float] = RANKS,
     reduce_range: bool = True,
     cache: str | Path | None = None,
 ) -> Allocation:
-    """Choose a form (fp32, int8, int4) and a width for every layer, and make the model.
+    """Choose a form (fp32, int8, int4) and a width or a rank for every layer, and make the model.
 
     Under a budget the harm is minimised; with ``max_quality_drop`` alone, the bytes. The harm of an option is the
     relative squared error that it alone makes of the outputs on the calibration inputs. The result is never worse,
@@ -124,6 +126,7 @@ def allocate(
             :class:`~lightning_optcore.compression.allocation_solver.AllocationProblem`.
         scheme: As in :func:`~lightning_optcore.compression.quantization.post_training_quantize`.
         widths: Fractions of the channels to offer beside all of them; empty leaves the widths alone.
+        ranks: Fractions of a layer's weights that thin layers in its place may have; empty leaves layers whole.
         reduce_range: As there.
         cache: JSON file that keeps the measured harms.
 
@@ -137,7 +140,7 @@ def allocate(
         >>> found.realised["size_bytes"] <= 9_000, sorted(found.options)
         (True, ['0', '2'])
     """
-    _check_arguments(budget_bytes, budget_latency_ms, max_quality_drop, scheme, widths)
+    _check_arguments(budget_bytes, budget_latency_ms, max_quality_drop, scheme, widths, ranks)
     _check_asked(budget_bytes, budget_latency_ms, max_quality_drop)
     if max_quality_drop is not None and quality is None:
         raise MisconfigurationException(f"{STEP}.max_quality_drop={max_quality_drop!r}: needs quality, which says it")
@@ -152,7 +155,7 @@ def allocate(
     leading = quantization_candidates(copied, calibration_inputs, scheme=scheme, reduce_range=reduce_range)[0]
     concrete: Scheme = "static" if leading.parameters.scheme == "static" else "dynamic"
     timed = "latency_ms" in budgets
-    bench = Workbench(copied, leading.prepared, concrete, batches, widths, reduce_range, timed)
+    bench = Workbench(copied, leading.prepared, concrete, batches, widths, ranks, reduce_range, timed)
     bench.measure(HarmCache(cache))
     solve = solver_of(solver)
     if budgets:
@@ -236,6 +239,8 @@ def _allocation(bench: Workbench, best: Made, uniform: Mapping[str, Made], off: 
     steps = []
     if best.change is not None:
         steps.append(Step(structured_pruning.STEP, {"shapes": best.change.shapes, "sizes": best.change.sizes}))
+    if best.ranks:
+        steps.append(Step(low_rank.STEP, {"ranks": {name: list(ranks) for name, ranks in best.ranks.items()}}))
     forms = {name: option.form for name, option in best.choice.items()}
     steps.append(Step(STEP, {"scheme": bench.scheme, "forms": forms, "reduce_range": bench.reduce_range}))
     return Allocation(
@@ -264,6 +269,7 @@ def _check_arguments(
     max_quality_drop: float | None,
     scheme: str,
     widths: Sequence[float],
+    ranks: Sequence[float],
 ) -> None:
     for name, value in (("budget_bytes", budget_bytes), ("budget_latency_ms", budget_latency_ms)):
         if value is not None and not value > 0:
@@ -272,8 +278,9 @@ def _check_arguments(
         raise MisconfigurationException(f"{STEP}.max_quality_drop={max_quality_drop!r}: expected at least 0, or null")
     if scheme not in SCHEMES:
         raise MisconfigurationException(f"{STEP}.scheme={scheme!r}: expected one of {', '.join(SCHEMES)}")
-    if any(not 0 < width < 1 for width in widths):
-        raise MisconfigurationException(f"{STEP}.widths={list(widths)}: expected fractions between 0 and 1")
+    for key, fractions in (("widths", widths), ("ranks", ranks)):
+        if any(not 0 < fraction < 1 for fraction in fractions):
+            raise MisconfigurationException(f"{STEP}.{key}={list(fractions)}: expected fractions between 0 and 1")
 
 
 class LayerwiseAllocation(ArtifactCallback):
@@ -290,6 +297,7 @@ class LayerwiseAllocation(ArtifactCallback):
         solver: As in :func:`allocate`.
         scheme: As in :func:`allocate`.
         widths: As in :func:`allocate`.
+        ranks: As in :func:`allocate`.
         output_dir: Folder of the artifact; ``<default_root_dir>/artifact`` by default.
         monitor: The metric that must not fall; by default the one that the checkpoint callback monitors, else the
             first logged metric to be maximized, else the first.
@@ -327,6 +335,7 @@ class LayerwiseAllocation(ArtifactCallback):
         solver: str | Solver = "ilp",
         scheme: str = "auto",
         widths: Sequence[float] = WIDTHS,
+        ranks: Sequence[float] = RANKS,
         output_dir: str | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
@@ -337,7 +346,7 @@ class LayerwiseAllocation(ArtifactCallback):
         reduce_range: bool = True,
         cache: str | None = None,
     ) -> None:
-        _check_arguments(budget_bytes, budget_latency_ms, max_quality_drop, scheme, widths)
+        _check_arguments(budget_bytes, budget_latency_ms, max_quality_drop, scheme, widths, ranks)
         if mode not in (None, "min", "max"):
             raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
         try:
@@ -353,6 +362,7 @@ class LayerwiseAllocation(ArtifactCallback):
         self.solver = solver
         self.scheme = scheme
         self.widths = tuple(widths)
+        self.ranks = tuple(ranks)
         self.monitor = monitor
         self.mode = mode
         self.reduce_range = reduce_range
@@ -388,6 +398,7 @@ class LayerwiseAllocation(ArtifactCallback):
                 solver=self.solver,
                 scheme=self.scheme,
                 widths=self.widths,
+                ranks=self.ranks,
                 reduce_range=self.reduce_range,
                 cache=self.cache,
             )

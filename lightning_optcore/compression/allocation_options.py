@@ -35,12 +35,21 @@ class Option:
     Args:
         form: ``"fp32"``, ``"int8"`` or ``"int4"``.
         units: How many units of its channel group stay; ``None`` leaves it as wide as it is.
+        ranks: Of the thin layers that take its place; empty leaves it whole.
     """
 
     form: str
     units: int | None = None
+    ranks: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> Option:
+        """The same form with all channels, in one piece."""
+        return Option(self.form)
 
     def __str__(self) -> str:
+        if self.ranks:
+            return f"{self.form}, rank {' x '.join(map(str, self.ranks))}"
         return self.form if self.units is None else f"{self.form}, {self.units} units"
 
 
@@ -69,11 +78,17 @@ class Layer:
     reads: Mapping[str, float] = field(default_factory=dict)
 
     def resized(self, option: Option, inputs_removed: float = 0.0) -> tuple[int, ...]:
-        """Return the weight's shape with an option, and with some inputs fewer."""
+        """Return the weight's shape with an option's units, and with some inputs fewer."""
         outputs, inputs, *rest = self.weight
         if option.units is not None:
             outputs = outputs * option.units // self.group_units
         return (outputs, round(inputs - inputs_removed), *rest)
+
+    def stored_bytes(self, option: Option, scheme: Scheme, inputs_removed: float = 0.0) -> int:
+        """Return the bytes of its weights with an option, and with some inputs fewer."""
+        *before, last = _parts(self.resized(option, inputs_removed), option.ranks)
+        first = sum(stored_bytes(shape, option.form, scheme, has_bias=False) for shape in before)
+        return first + stored_bytes(last, option.form, scheme, self.is_table)
 
 
 def find_layers(
@@ -82,6 +97,7 @@ def find_layers(
     scheme: Scheme,
     found: ChannelGroups,
     widths: Sequence[float],
+    ranks: Mapping[str, Sequence[tuple[int, ...]]],
 ) -> list[Layer]:
     """Return the layers of a graph with the options of each.
 
@@ -93,6 +109,7 @@ def find_layers(
         scheme: How int8 activations get their ranges.
         found: Channel groups of the module.
         widths: Fractions of the units to offer, beside all of them.
+        ranks: By the name of the layer, the ranks to offer.
     """
     forms = forms_of(model, scheme)
     makers: dict[str, list[str]] = {}
@@ -111,6 +128,7 @@ def find_layers(
     for name, nodes in named_nodes(model, module, list(forms)).items():
         node_forms = forms[nodes[0]]
         options = [Option(form) for form in node_forms]
+        options += [Option("int8", ranks=one) for one in ranks.get(name, ()) if "int8" in node_forms]
         group = alone.get(name)
         # Attention heads have shapes of their own.
         if group is not None and found.groups[group].heads_of is None:
@@ -133,7 +151,19 @@ def find_layers(
     return layers
 
 
-def stored_bytes(shape: Sequence[int], form: str, scheme: Scheme, is_table: bool = False) -> int:
+def _parts(shape: tuple[int, ...], ranks: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return the shapes of the thin layers in the place of one."""
+    if not ranks:
+        return [shape]
+    outputs, inputs, *kernel = shape
+    ones = [1] * len(kernel)
+    last = (outputs, ranks[-1], *ones)
+    if len(ranks) == 1:
+        return [(ranks[0], inputs, *kernel), last]
+    return [(ranks[0], inputs, *ones), (ranks[1], ranks[0], *kernel), last]
+
+
+def stored_bytes(shape: Sequence[int], form: str, scheme: Scheme, is_table: bool = False, has_bias: bool = True) -> int:
     """Return the bytes of a layer's weights with what belongs to them: scales, zero points and the bias.
 
     Args:
@@ -141,6 +171,7 @@ def stored_bytes(shape: Sequence[int], form: str, scheme: Scheme, is_table: bool
         form: ``"fp32"``, ``"int8"`` or ``"int4"``.
         scheme: How int8 activations get their ranges.
         is_table: Whether rows are looked up in it.
+        has_bias: Whether it has a bias.
 
     Example:
         >>> stored_bytes((10, 64), "fp32", "dynamic"), stored_bytes((10, 64), "int4", "dynamic")
@@ -154,11 +185,11 @@ def stored_bytes(shape: Sequence[int], form: str, scheme: Scheme, is_table: bool
         return count + 5 if form == "int8" else 4 * count
     if form == "int4":
         blocks = ceil(shape[1] / _BLOCK)
-        return outputs * blocks * (_BLOCK // 2 + 4) + 4 * outputs
+        return outputs * blocks * (_BLOCK // 2 + 4) + 4 * outputs * has_bias
     if form == "int8":
         # Scale and zero point of each output; a static bias is a whole number with a scale and zero point, too.
-        return count + 5 * outputs + (12 if scheme == "static" else 4) * outputs
-    return 4 * count + 4 * outputs
+        return count + 5 * outputs + (12 if scheme == "static" else 4) * outputs * has_bias
+    return 4 * count + 4 * outputs * has_bias
 
 
 def narrowed(

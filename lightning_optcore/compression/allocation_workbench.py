@@ -20,16 +20,18 @@ from lightning_optcore.compression.allocation_options import (
     find_layers,
     named_nodes,
     narrowed,
-    stored_bytes,
 )
 from lightning_optcore.compression.allocation_solver import AllocationError, AllocationProblem, Solver
 from lightning_optcore.compression.channel_groups import ChannelGroups, Ranking, find_channel_groups
 from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.layer_latency import LayerLatency, layer_shapes
+from lightning_optcore.compression.low_rank_choice import Spectrum, factorable_layers, parts_of, spectra_of
+from lightning_optcore.compression.low_rank_layers import factored, put_in_place
 from lightning_optcore.compression.onnx_layerwise import forms_of, with_forms
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import Scheme, prepared, quantized
 from lightning_optcore.compression.reconstruction import rank_by_reconstruction
+from lightning_optcore.compression.structure import Structure
 from lightning_optcore.files import write_atomically
 from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.measurement.inputs import Inputs, joined, tensors_in
@@ -52,7 +54,8 @@ class Made:
     choice: Choice
     model: OnnxModel
     module: nn.Module
-    change: Any
+    change: Structure | None
+    ranks: Mapping[str, tuple[int, ...]]
     realised: dict[str, float]
 
 
@@ -65,6 +68,7 @@ class Workbench:
         scheme: How int8 activations get their ranges.
         calibration: Batches of its inputs.
         widths: Fractions of the channels to offer beside all of them.
+        ranks: Fractions of a layer's weights that thin layers in its place may have.
         reduce_range: As in :class:`~lightning_optcore.compression.onnx_quantization.Widths`.
         timed: Whether latencies matter.
     """
@@ -76,6 +80,7 @@ class Workbench:
         scheme: Scheme,
         calibration: Sequence[Inputs],
         widths: Sequence[float],
+        ranks: Sequence[float],
         reduce_range: bool,
         timed: bool,
     ) -> None:
@@ -93,7 +98,9 @@ class Workbench:
         self.rankings: dict[str, Ranking] = (
             rank_by_reconstruction(self.module, self.samples, self.groups) if self.groups.groups else {}
         )
-        self.layers = find_layers(self.module, self.graph, self.scheme, self.groups, widths)
+        self.spectra = self._spectra(self.module) if ranks else {}
+        offered = {name: _ranks(spectrum, ranks) for name, spectrum in self.spectra.items()}
+        self.layers = find_layers(self.module, self.graph, self.scheme, self.groups, widths, offered)
         if not self.layers:
             raise AllocationError("no layer has a form to choose: no convolution, linear or embedding layer was found")
         self.harms: dict[str, dict[Option, float]] = {}
@@ -110,7 +117,7 @@ class Workbench:
         variants = {}
         for layer in self.layers:
             for option in layer.options:
-                if option.units is None and option.form != BASE_FORM:
+                if option == option.whole and option.form != BASE_FORM:
                     forms = {one.name: option.form if one is layer else BASE_FORM for one in self.layers}
                     variants[layer.name, option] = self._with_forms(self.graph, self._by_node(forms), self.calibration)
         for layer in self.layers:
@@ -186,11 +193,14 @@ class Workbench:
             for layer in self.layers
             if layer.group is not None and (units := choice[layer.name].units) is not None
         }
+        ranks = {name: option.ranks for name, option in choice.items() if option.ranks}
         module, change, graph = self.module, None, self.graph
         forms = {layer.name: choice[layer.name].form for layer in self.layers}
-        if removed:
+        if removed or ranks:
             module = detached_copy(self.module)
-            change = narrowed(module, self.samples, removed, self.groups)
+            if removed:
+                change = narrowed(module, self.samples, removed, self.groups)
+            self._factor(module, ranks, self.spectra if not removed else self._spectra(module, list(ranks)))
             graph = prepared(export_onnx(module, self.calibration[0]))
         model = self._with_forms(graph, self._by_node(forms, graph, module), self.calibration)
         realised = {
@@ -199,7 +209,7 @@ class Workbench:
         }
         if self.timed:
             realised["latency_ms"] = _timed({"it": model}, self.probe.resized(1))["it"]
-        self._made[key] = Made(choice, model, module, change, realised)
+        self._made[key] = Made(choice, model, module, change, ranks, realised)
         return self._made[key]
 
     def _measured_harms(self, cache: HarmCache) -> dict[str, dict[Option, float]]:
@@ -216,7 +226,10 @@ class Workbench:
             for option in layer.options:
                 place = f"{layer.name}: {option}"
                 if place not in known:
-                    harm = self._harm_of_form(layer, option.form)
+                    if option.ranks:
+                        harm = self._harm_of_ranks(layer, option)
+                    else:
+                        harm = self._harm_of_form(layer, option.form)
                     if option.units is not None and layer.group is not None:
                         of_width = (layer.group, option.units)
                         if of_width not in widths:
@@ -245,27 +258,59 @@ class Workbench:
         with torch.no_grad():
             return relative_error(self.expected, self.probe.call(module))
 
+    def _harm_of_ranks(self, layer: Layer, option: Option) -> float:
+        """Rank and form together: what is between thin layers rounds otherwise than what they stand for."""
+        module = detached_copy(self.module)
+        self._factor(module, {layer.name: option.ranks}, self.spectra)
+        graph = prepared(export_onnx(module, self.calibration[0]))
+        forms = forms_of(graph, self.scheme)
+        thin = [
+            node
+            for name, nodes in named_nodes(graph, module, list(forms)).items()
+            if name.rpartition(".")[0] == layer.name
+            for node in nodes
+        ]
+        model = quantized(graph, self.scheme, self.calibration[:4], only=thin)
+        return relative_error(self.expected, self.probe.call(model))
+
+    def _spectra(self, module: nn.Module, names: Sequence[str] | None = None) -> dict[str, Spectrum]:
+        layers, _ = factorable_layers(module, (), embeddings=False)
+        wanted = {name: layer for name, layer in layers.items() if names is None or name in names}
+        return spectra_of(module, wanted, self.calibration)[0] if wanted else {}
+
+    @staticmethod
+    def _factor(module: nn.Module, ranks: Mapping[str, tuple[int, ...]], spectra: Mapping[str, Spectrum]) -> None:
+        for name, wanted in ranks.items():
+            put_in_place(module, name, factored(module.get_submodule(name), spectra[name].cut(wanted)))
+
     def _extra_bytes(self, layer: Layer, option: Option, variants: Mapping[tuple[str, Option], OnnxModel]) -> float:
         """Return how many bytes more the model has with an option than with int8 throughout."""
-        whole = Option(option.form)
-        extra = 0.0 if option.form == BASE_FORM else variants[layer.name, whole].size_bytes - self.base["size_bytes"]
-        if option.units is None:
-            return float(extra)
-        stored = stored_bytes(layer.resized(option), option.form, self.scheme, layer.is_table)
-        extra += stored - stored_bytes(layer.weight, option.form, self.scheme, layer.is_table)
+        extra = 0.0
+        if option.form != BASE_FORM:
+            extra = variants[layer.name, option.whole].size_bytes - self.base["size_bytes"]
+        if option == option.whole:
+            return extra
+        extra += layer.stored_bytes(option, self.scheme) - layer.stored_bytes(option.whole, self.scheme)
+        # Each thin layer has nodes of its own.
+        extra += len(option.ranks) * self._graph_bytes()
         # Whoever reads the channels has fewer inputs; in int8 here, in another form by a pair.
         return extra + sum(
             self._saved_bytes(layer, option, reader, Option(BASE_FORM)) for reader in self._readers(layer)
         )
 
+    def _graph_bytes(self) -> float:
+        """Return how many bytes the graph takes for a layer beside its weights, on average."""
+        weights = sum(layer.stored_bytes(Option(BASE_FORM), self.scheme) for layer in self.layers)
+        return max(0.0, self.base["size_bytes"] - weights) / len(self.layers)
+
     def _readers(self, maker: Layer) -> list[Layer]:
         return [layer for layer in self.layers if maker.group is not None and maker.group in layer.reads]
 
     def _saved_bytes(self, maker: Layer, option: Option, reader: Layer, theirs: Option) -> float:
-        assert maker.group is not None and option.units is not None
+        if maker.group is None or option.units is None:
+            return 0.0
         gone = reader.reads[maker.group] * (maker.group_units - option.units)
-        fewer = stored_bytes(reader.resized(theirs, gone), theirs.form, self.scheme)
-        return fewer - stored_bytes(reader.resized(theirs), theirs.form, self.scheme)
+        return reader.stored_bytes(theirs, self.scheme, gone) - reader.stored_bytes(theirs, self.scheme)
 
     def _bytes_of_pair(self, maker: Layer, option: Option, reader: Layer, theirs: Option) -> float:
         return self._saved_bytes(maker, option, reader, theirs) - self._saved_bytes(
@@ -294,9 +339,8 @@ class Workbench:
         for layer in self.layers:
             self.latencies[layer.name] = {}
             for option in layer.options:
-                whole = Option(option.form)
-                extra = 0.0 if option.form == BASE_FORM else times[f"{layer.name}: {whole}"] - times[""]
-                if option.units is not None:
+                extra = 0.0 if option.form == BASE_FORM else times[f"{layer.name}: {option.whole}"] - times[""]
+                if option != option.whole:
                     extra += self._saved_latency(layer, option, table, shapes)
                 self.latencies[layer.name][option] = extra
 
@@ -304,12 +348,13 @@ class Workbench:
         saved = 0.0
         if layer.name in shapes:
             shape = shapes[layer.name]
-            saved += table(shape.resized(layer.resized(option))) - table(shape)
+            thin = parts_of(shape.resized(layer.resized(option)), option.ranks)
+            saved += sum(table(part) for part in thin) - table(shape)
         for reader in self._readers(layer):
             if reader.name in shapes and layer.group is not None and option.units is not None:
                 shape = shapes[reader.name]
                 gone = reader.reads[layer.group] * (layer.group_units - option.units)
-                saved += table(shape.resized(reader.resized(Option("int8"), gone))) - table(shape)
+                saved += table(shape.resized(reader.resized(Option(BASE_FORM), gone))) - table(shape)
         return saved
 
     def _by_node(
@@ -323,7 +368,8 @@ class Workbench:
         by_node = {}
         for name, nodes in named.items():
             for node in nodes:
-                form = forms.get(name, BASE_FORM)
+                # Thin layers are named within the one that they stand for.
+                form = forms.get(name) or forms.get(name.rpartition(".")[0], BASE_FORM)
                 # A layer that became too narrow to pack.
                 by_node[node] = form if form in known[node] else BASE_FORM
         return by_node
@@ -350,6 +396,16 @@ def relative_error(expected: Any, got: Any) -> float:
             spread = (a - a.mean(0, keepdim=True)).square().sum().clamp_min(1e-30)
             shares.append(float((a - b).square().sum() / spread))
     return float(np.mean(shares)) if shares else 0.0
+
+
+def _ranks(spectrum: Spectrum, shares: Sequence[float]) -> list[tuple[int, ...]]:
+    """Return the ranks whose thin layers have at most these shares of the weights."""
+    found = []
+    for share in shares:
+        fitting = [one for one in spectrum.candidates if one.ranks and one.params <= share * spectrum.whole]
+        if fitting and fitting[-1].ranks not in found:
+            found.append(fitting[-1].ranks)
+    return found
 
 
 def _groups(module: nn.Module, inputs: Inputs) -> ChannelGroups:
