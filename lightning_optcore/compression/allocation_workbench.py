@@ -262,7 +262,7 @@ class Workbench:
         """Rank and form together: what is between thin layers rounds otherwise than what they stand for."""
         module = detached_copy(self.module)
         self._factor(module, {layer.name: option.ranks}, self.spectra)
-        graph = prepared(export_onnx(module, self.calibration[0]))
+        graph = prepared(export_onnx(module, self.calibration[0], tracing_first=True))
         forms = forms_of(graph, self.scheme)
         thin = [
             node

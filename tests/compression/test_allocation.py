@@ -118,8 +118,10 @@ def _arguments(layer):
 
 def test_a_quality_alone_gives_the_smallest_model_that_keeps_it(mlp, digits):
     batches = digits[0][:256].split(64)
-    # Without widths nothing is exported anew for each bound that is tried.
-    found = allocate(mlp, batches, max_quality_drop=0.01, quality=lambda one: accuracy(one, digits), widths=())
+    # Without widths and ranks nothing is exported anew for each bound that is tried.
+    found = allocate(
+        mlp, batches, max_quality_drop=0.01, quality=lambda one: accuracy(one, digits), widths=(), ranks=()
+    )
     assert accuracy(found.model, digits) >= accuracy(mlp, digits) - 0.01 - 1e-6
     assert found.realised["size_bytes"] < 0.7 * found.uniform["int8"]["size_bytes"]
 
@@ -127,25 +129,42 @@ def test_a_quality_alone_gives_the_smallest_model_that_keeps_it(mlp, digits):
 def test_it_is_never_worse_than_a_uniform_choice_of_as_many_bytes(mlp, digits):
     batches = digits[0][:256].split(64)
     int4 = post_training_quantize(mlp, batches, weight_bits=4).model.size_bytes
-    found = allocate(mlp, batches, budget_bytes=1.1 * int4)
+    found = allocate(mlp, batches, budget_bytes=1.1 * int4, ranks=())
     assert found.uniform["int4"]["size_bytes"] <= 1.1 * int4
     assert found.realised["harm"] <= found.uniform["int4"]["harm"]
 
 
+def test_thin_layers_take_the_place_of_one_whose_directions_are_few(digits, tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 10)]
+    network = trained(nn.Sequential(*layers), digits)
+    with torch.no_grad():
+        u, s, v = torch.linalg.svd(network[3].weight, full_matrices=False)
+        network[3].weight.copy_(u[:, :8] * s[:8] @ v[:8])
+    found = allocate(network, digits[0][:256].split(64), budget_bytes=14_000, widths=(), ranks=(0.25,))
+    assert found.options["3"].startswith("int8, rank ")
+    assert found.realised["size_bytes"] <= 14_000 < found.uniform["int8"]["size_bytes"]
+    assert accuracy(found.model, digits) >= accuracy(network, digits) - 0.02
+    fresh = rebuild(nn.Sequential(*[type(layer)(*_arguments(layer)) for layer in layers]), Recipe(found.steps))
+    fresh.load_state_dict(found.module.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(fresh.eval()(digits[0][:8]), found.module(digits[0][:8]), atol=1e-5)
+
+
 def test_a_latency_budget_is_predicted_from_single_layers(mlp, digits):
     batches = digits[0][:256].split(64)
-    found = allocate(mlp, batches, budget_latency_ms=100.0, budget_bytes=30_000)
+    found = allocate(mlp, batches, budget_latency_ms=100.0, budget_bytes=30_000, ranks=())
     assert set(found.predicted) == {"size_bytes", "harm", "latency_ms"}
     assert all(value > 0 for value in (found.predicted["latency_ms"], found.realised["latency_ms"]))
 
 
 def test_measured_harms_are_kept(mlp, digits, tmp_path, monkeypatch):
     batches = digits[0][:256].split(64)
-    first = allocate(mlp, batches, budget_bytes=27_000, cache=tmp_path / "harms.json")
+    first = allocate(mlp, batches, budget_bytes=27_000, ranks=(), cache=tmp_path / "harms.json")
     (known,) = json.loads((tmp_path / "harms.json").read_text()).values()
     assert {f"1: {option}": harm for option, harm in first.harms["1"].items()}.items() <= known.items()
     monkeypatch.setattr(allocation_workbench.Workbench, "_harm_of_form", lambda *_: pytest.fail("was measured again"))
-    again = allocate(mlp, batches, budget_bytes=27_000, cache=tmp_path / "harms.json")
+    again = allocate(mlp, batches, budget_bytes=27_000, ranks=(), cache=tmp_path / "harms.json")
     assert again.options == first.options
 
 
@@ -156,7 +175,7 @@ def test_any_function_of_the_problem_solves_it(mlp, digits):
         seen.append(problem)
         return solve_ilp(problem)
 
-    allocate(mlp, digits[0][:128].split(64), budget_bytes=27_000, solver=solver)
+    allocate(mlp, digits[0][:128].split(64), budget_bytes=27_000, ranks=(), solver=solver)
     assert len(seen[0].pairs) > 0
 
 
@@ -212,9 +231,7 @@ def test_the_callback_says_why_there_is_no_artifact(mlp, digits, tmp_path):
     assert callback.artifact is None
     with pytest.raises(MisconfigurationException, match="nothing is asked for"):
         fitted(copy.deepcopy(mlp), digits, tmp_path)
-    with pytest.raises(
-        MisconfigurationException, match=r"allocation.solver='annealing': expected one of ilp"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"allocation.solver='annealing': expected one of ilp"):
         LayerwiseAllocation(budget_bytes=1e6, solver="annealing")
 
 
