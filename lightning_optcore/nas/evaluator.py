@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_optcore.fingerprints import hardware_fingerprint
@@ -24,10 +26,13 @@ from lightning_optcore.measurement.yardstick import static_costs
 from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.nas.module_proxies import PROXIES, ModuleProxies
 from lightning_optcore.nas.parents import Inherited, keep_weights, parent_of, shapes_of, with_weights_of
+from lightning_optcore.nas.pictures import cells_of, layers_of, save_picture
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import open_journal
 from lightning_optcore.sweeps.task import current_trial
+
+log = logging.getLogger(__name__)
 
 _COMPRESSION = "lightning_optcore.compression."
 # To so many random networks a table of latencies is fitted.
@@ -175,6 +180,8 @@ class LightningEvaluator:
         for callback in callbacks:
             if getattr(callback, "error", None) is not None:
                 raise EvaluationError(callback.error)  # type: ignore[attr-defined]
+        if directory is not None:
+            self._draw(architecture, directory)
         self._record(architecture, measurements, directory, noted or {})
         last = next(reversed(measurements.values())).scalars() if measurements else {}
         return {**quality, **last}
@@ -190,17 +197,7 @@ class LightningEvaluator:
 
     def costs(self, architecture: Architecture) -> dict[str, float]:
         """Return what a network costs as it is built; see :meth:`estimate`."""
-        model = self._fresh(architecture)
-        if self._called is None:
-            # What validation calls, and with what, is the same for every network.
-            with ForwardRecorder(model) as recorder:
-                validate(model, datamodule=self.data(), limit_batches=1)
-            name = recorder.target()
-            if name is None:
-                raise EvaluationError("validation_step calls no module with parameters")
-            self._called = (name, recorder.inputs[name][0])
-        name, inputs = self._called
-        network = submodule(model, name).to("cpu")
+        network, name, inputs = self._called_network(architecture)
         costs = static_costs(network, inputs)
         if self._latency is not None:
             costs["latency_ms"] = self._predicted(self._latency, network, name, inputs)
@@ -215,6 +212,33 @@ class LightningEvaluator:
 
     def _fresh(self, architecture: Architecture) -> LightningModule:
         return self.module(self.space.build(architecture))
+
+    def _called_network(self, architecture: Architecture) -> tuple[nn.Module, str, Any]:
+        """Return what validation calls of a fresh module, its name, and inputs of it."""
+        model = self._fresh(architecture)
+        if self._called is None:
+            # What validation calls, and with what, is the same for every network.
+            with ForwardRecorder(model) as recorder:
+                validate(model, datamodule=self.data(), limit_batches=1)
+            name = recorder.target()
+            if name is None:
+                raise EvaluationError("validation_step calls no module with parameters")
+            self._called = (name, recorder.inputs[name][0])
+        name, inputs = self._called
+        return submodule(model, name).to("cpu"), name, inputs
+
+    def _draw(self, architecture: Architecture, directory: Path) -> None:
+        """Leave a picture of the network as it was built, for the report."""
+        try:
+            cells, layers = cells_of(self.space.chosen(architecture)), []
+            if not cells:
+                with isolate_rng():
+                    network, _, inputs = self._called_network(architecture)
+                    layers = layers_of(network, inputs)
+            save_picture(directory, cells, layers)
+        except Exception as error:
+            # A picture is worth no trial.
+            log.info("no picture of %s: %s: %s", architecture, type(error).__name__, error)
 
     def _predicted(self, table: LatencyTable, network: nn.Module, name: str, inputs: Any) -> float:
         """Return the predicted milliseconds at the first batch size."""

@@ -6,7 +6,6 @@ early, and the report of sweeps shows them.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -459,6 +458,6 @@ def _name(thing: Any) -> str:
     if isinstance(thing, OneShot):
         values = {key: _name(one) if callable(one) else repr(one) for key, one in vars(thing).items()}
         return f"OneShot({', '.join(f'{key}={text}' for key, text in values.items())})"
-    if isinstance(thing, functools.partial):
+    if isinstance(thing, partial):
         return f"{_name(thing.func)}({', '.join(f'{key}={value!r}' for key, value in sorted(thing.keywords.items()))})"
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -103,6 +103,16 @@ class ArchitectureSpace:
             network = around(network)
         return network
 
+    def chosen(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what an architecture stands for: the values themselves, where it has their numbers.
+
+        Example:
+            >>> ArchitectureSpace(Space({"width": "choice(8,16)"})).chosen({"width": 8})
+            {'width': 8}
+        """
+        decode = getattr(self._build, "sample", None)
+        return dict(architecture) if decode is None else dict(decode(architecture))
+
     def validate(self, architecture: Mapping[str, Any]) -> None:
         """Check that an architecture is one of this space.
 
