@@ -52,7 +52,7 @@ def plan(strategy: OneShot, evaluate: Any) -> tuple[Strategy, Any, Prepare]:
         SupernetError: If there is no such supernet of the space, or nothing inherits its weights.
     """
     evaluator = _checked(strategy, evaluate)
-    network = supernet(evaluator.space.model_space, strategy.supernet_kind)
+    network = supernet(evaluator.space.new_model_space(), strategy.supernet_kind)
     if strategy.samples:
         # What cannot be cut out is said before a supernet is trained for it.
         sub_network(network, smallest(network))
@@ -128,7 +128,7 @@ def _counted(strategy: OneShot, evaluator: LightningEvaluator) -> Any:
             )
         return known[name]
 
-    table = fitted_cost_table(supernet(evaluator.space.model_space, strategy.supernet_kind), cost, evaluator.seed)
+    table = fitted_cost_table(supernet(evaluator.space.new_model_space(), strategy.supernet_kind), cost, evaluator.seed)
     log.info(
         "cost=%s: counted of %d networks; what each option costs explains %.0f%% of the variance",
         strategy.cost, table.networks, 100 * table.explained,

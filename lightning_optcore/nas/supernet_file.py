@@ -103,7 +103,7 @@ def inheriting_modules(
     Raises:
         SupernetError: If the weights are not those of this space and module.
     """
-    network = supernet(space.model_space, trained.kind)
+    network = supernet(space.new_model_space(), trained.kind)
     whole = module(space.complete(network))
     try:
         whole.load_state_dict(trained.state_dict)
