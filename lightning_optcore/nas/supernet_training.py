@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def _begun(last: Path, trained_as: dict[str, Any]) -> bool:
         return False
     try:
         before = torch.load(last, map_location="cpu", weights_only=True)["trained_as"]
-    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         log.warning("%s: does not load with weights_only=True (%s); the training begins anew", last, reason)
         return False
