@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,7 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_optcore.files import write_atomically
+from lightning_optcore.files import whole_file, write_atomically
 from lightning_optcore.jobs.building import instantiate_all, trainer_of
 from lightning_optcore.jobs.checks import check, instance_of
 from lightning_optcore.jobs.errors import ConfigurationError
@@ -27,6 +28,7 @@ from lightning_optcore.jobs.objective import parse_objective
 from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.sweep_reporting import write_own_report
 from lightning_optcore.nas.evaluator import LightningEvaluator, trial_directory
+from lightning_optcore.nas.inherited_evaluation import InheritedEvaluation
 from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.nas.loop import search
 from lightning_optcore.nas.one_shot import one_shot_of
@@ -56,7 +58,6 @@ def run(config: DictConfig) -> None:
     if config.store.path is None:
         raise ConfigurationError("store.path=null: a search needs a store, e.g. store.path=outputs/optcore.db")
     output_dir = Path(hydra.runtime.output_dir)
-    space = configured_space(config.nas.space)
     try:
         evaluator = ConfiguredEvaluator(_plain(config), str(output_dir))
     except MisconfigurationException as error:
@@ -88,7 +89,7 @@ def run(config: DictConfig) -> None:
         log.info("search %d in %s", sweep_id, directory)
 
     found = search(
-        space,
+        evaluator.space,
         evaluator,
         objectives=objective,
         strategy=one_shot or strategy,
@@ -105,7 +106,9 @@ def run(config: DictConfig) -> None:
         on_begin=begun,
         show=True,
     )
-    commands = _write_front(found, space.to_dict(), partial(overrides, Path(found.directory)))
+    commands = _write_front(found, evaluator.space.to_dict(), partial(overrides, Path(found.directory)))
+    if one_shot is not None and inherits:
+        _write_weights(found, InheritedEvaluation(evaluator, one_shot.calibration_batches))
     report = _report(_target(config.store.path), found.sweep_id) if config.report.enabled else None
     _summarise(found, commands, report)
 
@@ -192,7 +195,7 @@ def _write_front(
 ) -> dict[int, str]:
     """Write the front as files, and return the command of each."""
     folder = Path(found.directory) / "front"
-    for old in folder.glob("trial-*.json"):
+    for old in folder.glob("trial-*"):
         old.unlink()
     commands = {}
     for trial in found.front:
@@ -208,6 +211,15 @@ def _write_front(
             command=commands[trial.number],
         )
     return commands
+
+
+def _write_weights(found: SearchResult, evaluation: InheritedEvaluation) -> None:
+    """Write the weights with which each point of the front was judged, beside its file."""
+    evaluation.path = Path(found.directory) / SUPERNET_FILE
+    for trial in found.front:
+        module = evaluation.module(trial.architecture)
+        with whole_file(Path(found.directory) / "front" / f"trial-{trial.number}.ckpt") as file:
+            torch.save({"state_dict": module.state_dict()}, file)
 
 
 def _report(store: str, sweep_id: int) -> Path | None:

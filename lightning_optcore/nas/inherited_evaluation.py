@@ -7,11 +7,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from lightning_optcore.nas._lightning_compat import on_device
-from lightning_optcore.nas.evaluator import LightningEvaluator
+from lightning_optcore.nas.evaluator import LightningEvaluator, interruptible
 from lightning_optcore.nas.once_for_all import recalibrate_batch_norm
 from lightning_optcore.nas.space import Architecture
 from lightning_optcore.nas.supernet_callbacks import training_step, unobserved
@@ -53,6 +53,15 @@ class InheritedEvaluation:
             lambda trainer, model, data: trainer.validate(model, datamodule=data, verbose=False),
             [_Recalibration(self.calibration_batches)],
         )
+
+    def module(self, architecture: Architecture) -> LightningModule:
+        """Return the module of an architecture as it was judged: inherited, and its batch norm recalibrated."""
+        seed_everything(self.evaluator.seed, workers=True, verbose=False)
+        data, model = self.evaluator.data(), self._modules()(architecture)
+        trainer = self.evaluator.trainer(callbacks=[_Recalibration(self.calibration_batches)])
+        with interruptible(trainer):
+            trainer.validate(model, datamodule=data, verbose=False)
+        return model
 
     def estimate(self, architecture: Architecture) -> dict[str, float]:
         """Return what is known of a network before it is judged."""

@@ -16,7 +16,7 @@ from lightning_optcore.nas.one_shot import COSTS, OneShot, Prepare
 from lightning_optcore.nas.sampled_training import SampledTraining
 from lightning_optcore.nas.space import Architecture
 from lightning_optcore.nas.strategies import STRATEGIES, Strategy
-from lightning_optcore.nas.supernet import probabilities, smallest, sub_network, supernet
+from lightning_optcore.nas.supernet import SupernetError, probabilities, smallest, sub_network, supernet
 from lightning_optcore.nas.supernet_file import SUPERNET_FILE, TrainedSupernet
 from lightning_optcore.nas.supernet_training import train_supernet
 from lightning_optcore.search.searcher import Proposal, Searcher, SearchError
@@ -52,10 +52,13 @@ def plan(strategy: OneShot, evaluate: Any) -> tuple[Strategy, Any, Prepare]:
         SupernetError: If there is no such supernet of the space, or nothing inherits its weights.
     """
     evaluator = _checked(strategy, evaluate)
-    network = supernet(evaluator.space.model_space, strategy.supernet_kind)
+    network = supernet(evaluator.space.new_model_space(), strategy.supernet_kind)
     if strategy.samples:
-        # What cannot be cut out is said before a supernet is trained for it.
-        sub_network(network, smallest(network))
+        try:
+            sub_network(network, smallest(network))
+        except SupernetError as error:
+            serving = ", ".join(("darts", "gumbel_darts", *STRATEGIES))
+            raise SupernetError(f"strategy={strategy.kind}: {error}; one of {serving} trains it alone") from error
         inherited = InheritedEvaluation(evaluator, strategy.calibration_batches)
         return strategy.sub_network_strategy, inherited, partial(_prepare_sampled, strategy, inherited)
     if isinstance(strategy.cost, Mapping):
@@ -128,7 +131,7 @@ def _counted(strategy: OneShot, evaluator: LightningEvaluator) -> Any:
             )
         return known[name]
 
-    table = fitted_cost_table(supernet(evaluator.space.model_space, strategy.supernet_kind), cost, evaluator.seed)
+    table = fitted_cost_table(supernet(evaluator.space.new_model_space(), strategy.supernet_kind), cost, evaluator.seed)
     log.info(
         "cost=%s: counted of %d networks; what each option costs explains %.0f%% of the variance",
         strategy.cost, table.networks, 100 * table.explained,

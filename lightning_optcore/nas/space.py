@@ -78,6 +78,10 @@ class ArchitectureSpace:
             raise ArchitectureError("this space has choices only: give a ModelSpace, or a factory with its choices")
         return self.complete(self._build(dict(architecture)))
 
+    def new_model_space(self) -> Any:
+        """Return the ``ModelSpace`` as it was made, with fresh weights: a supernet can be made of it."""
+        return _made_again(self.model_space)
+
     def within(self, around: Callable[[Any], Any]) -> ArchitectureSpace:
         """Return the space of the same choices whose networks are parts of others, as supernets of it are.
 
@@ -242,7 +246,11 @@ class _Frozen:
         if type(self._space).freeze is not nas.nn.ModelSpace.freeze:
             return copy.deepcopy(self._space.freeze(sample))
         with nas.space.model_context(sample):
-            return type(self._space)(*self._space.trace_args, **self._space.trace_kwargs)
+            return _made_again(self._space)
+
+
+def _made_again(space: Any) -> Any:
+    return type(space)(*space.trace_args, **space.trace_kwargs)
 
 
 class _Constraint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +59,7 @@ def load_supernet(path: str | Path) -> TrainedSupernet:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise SupernetError(f"{path}: {error.strerror}; name the supernet.ckpt of a search") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise SupernetError(f"{path}: does not load with weights_only=True ({reason})") from error
     names = ("version", "fingerprint", *TrainedSupernet.__dataclass_fields__)
@@ -103,7 +102,7 @@ def inheriting_modules(
     Raises:
         SupernetError: If the weights are not those of this space and module.
     """
-    network = supernet(space.model_space, trained.kind)
+    network = supernet(space.new_model_space(), trained.kind)
     whole = module(space.complete(network))
     try:
         whole.load_state_dict(trained.state_dict)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from lightning_optcore.fingerprints import fingerprint
 from lightning_optcore.nas.differentiable_search import DifferentiableSearch
@@ -67,7 +66,7 @@ def train_supernet(
     """
     seed_everything(evaluator.seed, workers=True, verbose=False)
     data = evaluator.data()
-    model = evaluator.module(evaluator.space.complete(supernet(evaluator.space.model_space, kind)))
+    model = evaluator.module(evaluator.space.complete(supernet(evaluator.space.new_model_space(), kind)))
     trained_as = {"kind": kind, "seed": evaluator.seed, "max_epochs": max_epochs, **options, "weights": _shapes(model)}
     path, folder = directory / SUPERNET_FILE, directory / _FOLDER
     if path.exists():
@@ -82,7 +81,7 @@ def train_supernet(
     trainer = evaluator.trainer(callbacks=[*theirs, callback], default_root_dir=str(folder))
     # After the Trainer was made, for it to serve where it keeps no checkpoints itself.
     clock = _Clock()
-    trainer.callbacks += [clock, _LastEpoch(folder, trained_as)]  # type: ignore[attr-defined]
+    trainer.callbacks += [clock, _LastEpoch(last, trained_as)]  # type: ignore[attr-defined]
     trainer.accumulate_grad_batches *= accumulate
     if max_epochs is not None:
         trainer.fit_loop.max_epochs = max_epochs
@@ -110,17 +109,26 @@ class _Clock(Timer):
     """How long the training took, those parts included that were killed."""
 
 
-class _LastEpoch(ModelCheckpoint):
-    """Keeps a training as it was after its last epoch, readable with ``weights_only=True``."""
+class _LastEpoch(Checkpoint):
+    """Keeps a training as it was after its last epoch, whole or not at all, readable with ``weights_only=True``."""
 
-    def __init__(self, folder: Path, trained_as: dict[str, Any]) -> None:
-        super().__init__(
-            folder, save_top_k=0, save_last=True, save_on_train_epoch_end=True, enable_version_counter=False
-        )
+    def __init__(self, path: Path, trained_as: dict[str, Any]) -> None:
+        self._path = path
         self._trained_as = trained_as
+        self._saving = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        temporary = self._path.with_name(f".{self._path.name}")
+        self._saving = True
+        trainer.save_checkpoint(temporary, weights_only=False)
+        self._saving = False
+        temporary.replace(self._path)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say what it is the training of; leave out arguments of the module, among which the network may be."""
+        if not self._saving:
+            return
         checkpoint["trained_as"] = self._trained_as
         for one in (pl_module, trainer.datamodule):  # type: ignore[attr-defined]
             for name in ("CHECKPOINT_HYPER_PARAMS_KEY", "CHECKPOINT_HYPER_PARAMS_NAME", "CHECKPOINT_HYPER_PARAMS_TYPE"):
@@ -133,7 +141,7 @@ def _begun(last: Path, trained_as: dict[str, Any]) -> bool:
         return False
     try:
         before = torch.load(last, map_location="cpu", weights_only=True)["trained_as"]
-    except (KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         log.warning("%s: does not load with weights_only=True (%s); the training begins anew", last, reason)
         return False
