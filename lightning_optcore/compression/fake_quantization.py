@@ -29,8 +29,10 @@ SCHEMES = ("int8", "int8_dynamic_int4", "int4_weight_only")
 # The buffer of a layer: smallest and largest value of each of its inputs.
 RANGE = "fake_quantization_range"
 _STATE = "_fake_quantization"
-# The share of a new batch in the running average of its smallest and largest value.
-_MOMENTUM = 0.05
+_NESTED = "_fake_quantization_nested_tensor"
+# The share of a new batch in the running average of its smallest and largest value. Ranges grow faster than they
+# shrink: a layer that is called with wide and with narrow inputs in turns keeps room for the wide ones.
+_GROWING, _SHRINKING = 0.5, 0.05
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -108,12 +110,18 @@ def add_fake_quantization(module: nn.Module, layers: Iterable[str], settings: Fa
             layer.register_buffer(RANGE, torch.zeros(inputs, 2, device=device))
         layer.register_forward_pre_hook(_before, with_kwargs=True)
         layer.register_forward_hook(_after, always_call=True)
+    for child in known.values():
+        # Packed for evaluation, inputs are of a type that cannot be rounded.
+        if isinstance(child, nn.TransformerEncoder) and _NESTED not in child.__dict__:
+            child.__dict__[_NESTED], child.use_nested_tensor = child.use_nested_tensor, False
 
 
 def remove_fake_quantization(module: nn.Module) -> None:
     """Let a module compute in floating point again, in place; the weights stay what they are."""
     for child in module.modules():
         _remove(child)
+        if _NESTED in child.__dict__:
+            child.use_nested_tensor = child.__dict__.pop(_NESTED)
 
 
 def _remove(layer: nn.Module) -> None:
@@ -202,7 +210,9 @@ def _learn(layer: Any, row: int, value: Any) -> None:
     if known is None or not isinstance(value, Tensor) or value.numel() == 0:
         return
     seen = torch.stack(torch.aminmax(value.detach())).to(known.dtype)
-    follow = torch.where((known[row] == 0).all(), seen, known[row].lerp(seen, _MOMENTUM))
+    beyond = torch.stack([seen[0] < known[row, 0], seen[1] > known[row, 1]])
+    share = torch.where(beyond, _GROWING, _SHRINKING)
+    follow = torch.where((known[row] == 0).all(), seen, known[row].lerp(seen, share))
     # A batch with NaN in it teaches nothing.
     known[row] = torch.where(torch.isfinite(seen).all(), follow, known[row])
 
