@@ -7,7 +7,7 @@ call, so that names of parameters, their identity and the classes of layers stay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -165,19 +165,27 @@ def in_floating_point(module: nn.Module) -> Iterator[None]:
         settings.enabled = enabled
 
 
+def layer_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return what a layer was called with to compute on: one tensor, or query, key and value of an attention module."""
+    if isinstance(layer, nn.MultiheadAttention):
+        given = [*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args) :])]
+    else:
+        given = [*args, *kwargs.values()][:1]
+    return [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
+
+
 def _before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     settings: FakeQuantization = layer.__dict__[_STATE]
     if not settings.enabled or isinstance(layer, nn.Embedding):
         return None
-    names = ("query", "key", "value") if isinstance(layer, nn.MultiheadAttention) else ("input",)
-    inputs = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
+    inputs = layer_inputs(layer, args, kwargs)
     if settings.learning and layer.training and torch.is_grad_enabled():
-        for row, name in enumerate(names):
-            _learn(layer, row, inputs.get(name))
+        for row, value in enumerate(inputs):
+            _learn(layer, row, value)
     # Inputs that are one tensor stay one: attention asks for it.
-    rounded = {id(inputs[name]): _rounded_input(layer, row, inputs[name]) for row, name in enumerate(names)}
-    args = tuple(rounded[id(value)] if i < len(names) else value for i, value in enumerate(args))
-    kwargs = {key: rounded[id(value)] if key in names else value for key, value in kwargs.items()}
+    rounded = {id(value): _rounded_input(layer, row, value) for row, value in enumerate(inputs)}
+    args = tuple(rounded.get(id(value), value) for value in args)
+    kwargs = {key: rounded.get(id(value), value) for key, value in kwargs.items()}
     for owner, name in _weights(layer):
         owner.__dict__[name] = _rounded_weight(layer, owner._parameters[name])
     return args, kwargs
@@ -205,9 +213,9 @@ def _weights(layer: Any) -> Iterator[tuple[Any, str]]:
     yield layer.out_proj, "weight"
 
 
-def _learn(layer: Any, row: int, value: Any) -> None:
+def _learn(layer: Any, row: int, value: Tensor) -> None:
     known = layer._buffers.get(RANGE)
-    if known is None or not isinstance(value, Tensor) or value.numel() == 0:
+    if known is None or value.numel() == 0:
         return
     seen = torch.stack(torch.aminmax(value.detach())).to(known.dtype)
     beyond = torch.stack([seen[0] < known[row, 0], seen[1] > known[row, 1]])
@@ -217,9 +225,7 @@ def _learn(layer: Any, row: int, value: Any) -> None:
     known[row] = torch.where(torch.isfinite(seen).all(), follow, known[row])
 
 
-def _rounded_input(layer: Any, row: int, value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
+def _rounded_input(layer: Any, row: int, value: Tensor) -> Tensor:
     settings: FakeQuantization = layer.__dict__[_STATE]
     if settings.scheme == "int8":
         low, high = layer._buffers[RANGE][row]

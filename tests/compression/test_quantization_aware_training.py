@@ -387,6 +387,17 @@ def test_another_scheme_on_the_same_model_is_refused_and_the_same_goes_on(make_t
         make_trainer(quick("int4_weight_only")).fit(model, Digits())
 
 
+def test_what_the_function_prepared_goes_on_in_a_fit(make_trainer):
+    model = MLP(width=16, depth=1)
+    prepare_quantization_aware(model.net, scheme="int8")
+    callback = quick()
+    make_trainer(callback).fit(model, Digits())
+    assert callback.error is None
+    assert callback.artifact.recipe.steps[0].parameters["layers"] == ["net.1", "net.3"]
+    with pytest.raises(MisconfigurationException, match="the model computes with rounding already"):
+        make_trainer(PostTrainingQuantization()).fit(model, Digits())
+
+
 class Diverging(MLP):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * float("nan")
