@@ -29,6 +29,7 @@ format: $(VENV)/.installed-test  ## format the code
 
 bench: $(VENV)/.installed-bench  ## run the benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantization.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantization_aware_training.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pruning.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sentence_embeddings.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profiling.py

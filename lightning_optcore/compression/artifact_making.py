@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_optcore.compression.artifact import Artifact, ArtifactError, write_artifact
 from lightning_optcore.compression.export import ExportError
+from lightning_optcore.compression.fake_quantization import settings_of
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import QuantizationError, cosine_similarity, weight_bytes
 from lightning_optcore.compression.user_validation import UserValidation
@@ -128,6 +129,12 @@ class ArtifactCallback(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Check that there is a place for the artifact before anything is trained for it."""
+        settings = settings_of(pl_module)
+        if settings is not None and self.shares_the_fit:
+            raise MisconfigurationException(
+                f"{self.step}: the model computes with rounding already (scheme {settings.scheme}); let "
+                "QuantizationAwareTraining make the artifact, with the ranges that it learned"
+            )
         folder = Path(self.output_dir or trainer.default_root_dir)
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         for other in trainer.callbacks:

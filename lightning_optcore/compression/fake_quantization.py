@@ -7,7 +7,7 @@ call, so that names of parameters, their identity and the classes of layers stay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +29,10 @@ SCHEMES = ("int8", "int8_dynamic_int4", "int4_weight_only")
 # The buffer of a layer: smallest and largest value of each of its inputs.
 RANGE = "fake_quantization_range"
 _STATE = "_fake_quantization"
-# The share of a new batch in the running average of its smallest and largest value.
-_MOMENTUM = 0.05
+_NESTED = "_fake_quantization_nested_tensor"
+# The share of a new batch in the running average of its smallest and largest value. Ranges grow faster than they
+# shrink: a layer that is called with wide and with narrow inputs in turns keeps room for the wide ones.
+_GROWING, _SHRINKING = 0.5, 0.05
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -108,12 +110,18 @@ def add_fake_quantization(module: nn.Module, layers: Iterable[str], settings: Fa
             layer.register_buffer(RANGE, torch.zeros(inputs, 2, device=device))
         layer.register_forward_pre_hook(_before, with_kwargs=True)
         layer.register_forward_hook(_after, always_call=True)
+    for child in known.values():
+        # Packed for evaluation, inputs are of a type that cannot be rounded.
+        if isinstance(child, nn.TransformerEncoder) and _NESTED not in child.__dict__:
+            child.__dict__[_NESTED], child.use_nested_tensor = child.use_nested_tensor, False
 
 
 def remove_fake_quantization(module: nn.Module) -> None:
     """Let a module compute in floating point again, in place; the weights stay what they are."""
     for child in module.modules():
         _remove(child)
+        if _NESTED in child.__dict__:
+            child.use_nested_tensor = child.__dict__.pop(_NESTED)
 
 
 def _remove(layer: nn.Module) -> None:
@@ -157,19 +165,27 @@ def in_floating_point(module: nn.Module) -> Iterator[None]:
         settings.enabled = enabled
 
 
+def layer_inputs(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return what a layer was called with to compute on: one tensor, or query, key and value of an attention module."""
+    if isinstance(layer, nn.MultiheadAttention):
+        given = [*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args) :])]
+    else:
+        given = [*args, *kwargs.values()][:1]
+    return [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
+
+
 def _before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     settings: FakeQuantization = layer.__dict__[_STATE]
     if not settings.enabled or isinstance(layer, nn.Embedding):
         return None
-    names = ("query", "key", "value") if isinstance(layer, nn.MultiheadAttention) else ("input",)
-    inputs = {**dict(zip(names, args, strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
+    inputs = layer_inputs(layer, args, kwargs)
     if settings.learning and layer.training and torch.is_grad_enabled():
-        for row, name in enumerate(names):
-            _learn(layer, row, inputs.get(name))
+        for row, value in enumerate(inputs):
+            _learn(layer, row, value)
     # Inputs that are one tensor stay one: attention asks for it.
-    rounded = {id(inputs[name]): _rounded_input(layer, row, inputs[name]) for row, name in enumerate(names)}
-    args = tuple(rounded[id(value)] if i < len(names) else value for i, value in enumerate(args))
-    kwargs = {key: rounded[id(value)] if key in names else value for key, value in kwargs.items()}
+    rounded = {id(value): _rounded_input(layer, row, value) for row, value in enumerate(inputs)}
+    args = tuple(rounded.get(id(value), value) for value in args)
+    kwargs = {key: rounded.get(id(value), value) for key, value in kwargs.items()}
     for owner, name in _weights(layer):
         owner.__dict__[name] = _rounded_weight(layer, owner._parameters[name])
     return args, kwargs
@@ -197,19 +213,19 @@ def _weights(layer: Any) -> Iterator[tuple[Any, str]]:
     yield layer.out_proj, "weight"
 
 
-def _learn(layer: Any, row: int, value: Any) -> None:
+def _learn(layer: Any, row: int, value: Tensor) -> None:
     known = layer._buffers.get(RANGE)
-    if known is None or not isinstance(value, Tensor) or value.numel() == 0:
+    if known is None or value.numel() == 0:
         return
     seen = torch.stack(torch.aminmax(value.detach())).to(known.dtype)
-    follow = torch.where((known[row] == 0).all(), seen, known[row].lerp(seen, _MOMENTUM))
+    beyond = torch.stack([seen[0] < known[row, 0], seen[1] > known[row, 1]])
+    share = torch.where(beyond, _GROWING, _SHRINKING)
+    follow = torch.where((known[row] == 0).all(), seen, known[row].lerp(seen, share))
     # A batch with NaN in it teaches nothing.
     known[row] = torch.where(torch.isfinite(seen).all(), follow, known[row])
 
 
-def _rounded_input(layer: Any, row: int, value: Any) -> Any:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
+def _rounded_input(layer: Any, row: int, value: Tensor) -> Tensor:
     settings: FakeQuantization = layer.__dict__[_STATE]
     if settings.scheme == "int8":
         low, high = layer._buffers[RANGE][row]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_optcore.compression import onnx_quantization
 from lightning_optcore.compression.export import export_onnx
+from lightning_optcore.compression.fake_quantization import layer_inputs
 from lightning_optcore.compression.onnx_embeddings import with_int8_embeddings
 from lightning_optcore.compression.onnx_model import OnnxModel, Signature
 from lightning_optcore.measurement.forward_calls import replaced_forward
@@ -98,9 +99,7 @@ def _reading(
 ) -> Iterator[None]:
     def watch(bounds: Sequence[Range]) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            names = ("query", "key", "value") if isinstance(layer, nn.MultiheadAttention) else ("input",)
-            values = [*args[: len(names)], *(kwargs[name] for name in names[len(args) :])]
-            for value, (low, high) in zip(values, bounds, strict=True):
+            for value, (low, high) in zip(layer_inputs(layer, args, kwargs), bounds, strict=True):
                 if low < high:
                     _, (least, most) = seen.get(id(value), (value, (low, high)))
                     seen[id(value)] = (value, (min(low, least), max(high, most)))

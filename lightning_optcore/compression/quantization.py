@@ -358,11 +358,7 @@ class PostTrainingQuantization(ArtifactCallback):
         return Made(target, result.model, recipe, quality_before, quality_after)
 
     def _accepted(
-        self,
-        trainer: Any,
-        source: Source,
-        candidates: Sequence[QuantizedModel],
-        before: dict[str, float],
+        self, trainer: Any, source: Source, candidates: Sequence[QuantizedModel], before: dict[str, float]
     ) -> tuple[QuantizedModel, dict[str, float]]:
         """Return the cheapest candidate within ``max_quality_drop``, else one with as few layers in fp32 as will do."""
 

@@ -32,6 +32,7 @@ from lightning_optcore.compression.fake_quantization import (
     FakeQuantization,
     add_fake_quantization,
     fitting_layers,
+    quantized_layers,
     ranges_of,
     remove_fake_quantization,
     settings_of,
@@ -245,6 +246,8 @@ class QuantizationAwareTraining(ArtifactCallback):
             raise MisconfigurationException(
                 f"{STEP}.scheme={self.scheme!r}: the model is being trained with {self._settings.scheme!r} already"
             )
+        if self._settings is not None and STEP not in ledger_of(pl_module).steps:
+            self._record(pl_module, self._settings, list(quantized_layers(pl_module)))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin to round, and freeze the ranges, where the schedule says so."""
@@ -271,9 +274,15 @@ class QuantizationAwareTraining(ArtifactCallback):
         layers = [(prefix + layer).rstrip(".") for layer in step.parameters["layers"]]
         for average in averaged_models(trainer):
             add_fake_quantization(average, layers, FakeQuantization(self.scheme, self.reduce_range))
-        ledger_of(pl_module).record(STEP, Step(STEP, {**step.parameters, "layers": layers}))
         self._settings = settings_of(target)
+        assert self._settings is not None
+        self._record(pl_module, self._settings, layers)
         rank_zero_info(f"{STEP}: {len(layers)} layers of {type(target).__name__} compute in {self.scheme} from now on")
+
+    @staticmethod
+    def _record(pl_module: Any, settings: FakeQuantization, layers: list[str]) -> None:
+        parameters = {"scheme": settings.scheme, "reduce_range": settings.reduce_range, "layers": layers}
+        ledger_of(pl_module).record(STEP, Step(STEP, parameters))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Let all ranks agree on the ranges."""

@@ -79,16 +79,26 @@ def test_uneven_batches_join_along_their_own_axes():
     assert [tuple(t.shape) for t in merged.samples(2, 6).tensors()] == [(4, 7), (2, 4, 5), (1,)]
 
 
-def test_recorders_stop_in_any_order():
-    for order in ((0, 1), (1, 0)):
-        net = Net()
-        recorders = [ForwardRecorder(net, max_samples=9), ForwardRecorder(net, max_samples=9)]
-        for recorder in recorders:
-            recorder.attach()
-        net(torch.zeros(3, 4))
-        recorders[order[0]].detach()
-        net(torch.zeros(3, 4))
-        recorders[order[1]].detach()
-        net(torch.zeros(3, 4))
-        assert [recorders[i].calls[""] for i in order] == [1, 2]
-        assert all("forward" not in module.__dict__ for module in net.modules())
+def test_recorders_end_in_any_order():
+    net, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.zeros(3, 2)
+    first, second, third = (ForwardRecorder(net, max_samples=99) for _ in range(3))
+    for recorder in (first, second, third):
+        recorder.attach()
+    for recorder in (second, first, third):
+        net(x)
+        recorder.detach()
+    net(x)
+    assert [recorder.samples for recorder in (first, second, third)] == [6, 3, 9]
+    assert all("forward" not in child.__dict__ for child in net.modules())
+
+
+def test_a_module_of_another_class_computes_as_that():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net, x = nn.Linear(2, 2), torch.ones(1, 2)
+    expected = 2 * net(x)
+    with ForwardRecorder(net):
+        net.__class__ = Doubled
+        assert torch.equal(net(x), expected)
