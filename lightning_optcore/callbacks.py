@@ -1,6 +1,7 @@
 """Everything that can be handed to ``Trainer(callbacks=[...])``."""
 
 from lightning_optcore.compression.distillation import KnowledgeDistillation
+from lightning_optcore.compression.kernel_fusion import KernelFusion
 from lightning_optcore.compression.low_rank import LowRankFactorization
 from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
 from lightning_optcore.compression.quantization import PostTrainingQuantization
@@ -12,6 +13,7 @@ from lightning_optcore.sweeps.pruning import TrialPruning
 
 __all__ = [
     "DifferentiableSearch",
+    "KernelFusion",
     "KnowledgeDistillation",
     "LowRankFactorization",
     "MagnitudePruning",
