@@ -4,6 +4,7 @@ from lightning_optcore.compression.distillation import KnowledgeDistillation
 from lightning_optcore.compression.kernel_fusion import KernelFusion
 from lightning_optcore.compression.low_rank import LowRankFactorization
 from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
+from lightning_optcore.compression.mixed_precision import MixedPrecision
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.structured_pruning import StructuredPruning
 from lightning_optcore.nas.one_shot import DifferentiableSearch, SampledTraining
@@ -17,6 +18,7 @@ __all__ = [
     "KnowledgeDistillation",
     "LowRankFactorization",
     "MagnitudePruning",
+    "MixedPrecision",
     "PerformanceProfiler",
     "PopulationMember",
     "PostTrainingQuantization",

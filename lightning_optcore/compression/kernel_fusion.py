@@ -223,13 +223,14 @@ class _Trial:
             return kept
         self.speed = check_speed(self.original, self.module, self.inputs, **self.timing)
         kept.speedup, kept.noise = self.speed.speedup, self.speed.noise
-        if not self.speed.slower:
+        wrong = self._why_not(self.module)
+        if not self.speed.slower and wrong is None:
             return kept
         for name, child in self.original.named_children():
             setattr(self.module, name, child)
         execution_of(self.module).compiled = False
         tidy(self.module)
-        decisions = dict.fromkeys(kept.decisions, f"left out: all together measured {self.speed}")
+        decisions = dict.fromkeys(kept.decisions, f"left out: all together {wrong or self.speed}")
         self.speed = None
         return KernelFusionParameters(decisions=decisions, speedup=kept.speedup, noise=kept.noise)
 
