@@ -2,8 +2,10 @@
 
 from lightning_optcore.compression.allocation import LayerwiseAllocation
 from lightning_optcore.compression.distillation import KnowledgeDistillation
+from lightning_optcore.compression.kernel_fusion import KernelFusion
 from lightning_optcore.compression.low_rank import LowRankFactorization
 from lightning_optcore.compression.magnitude_pruning import MagnitudePruning
+from lightning_optcore.compression.mixed_precision import MixedPrecision
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
 from lightning_optcore.compression.structured_pruning import StructuredPruning
@@ -15,10 +17,12 @@ from lightning_optcore.sweeps.pruning import TrialPruning
 
 __all__ = [
     "DifferentiableSearch",
+    "KernelFusion",
     "KnowledgeDistillation",
     "LayerwiseAllocation",
     "LowRankFactorization",
     "MagnitudePruning",
+    "MixedPrecision",
     "PerformanceProfiler",
     "PopulationMember",
     "PostTrainingQuantization",

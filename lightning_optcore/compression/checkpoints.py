@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_optcore.compression._compat import allow_instantiator
 from lightning_optcore.compression.attention import HeadPrunedAttention, allow_all_heads
+from lightning_optcore.compression.execution import run_plainly
 from lightning_optcore.compression.fake_quantization import remove_fake_quantization
 from lightning_optcore.compression.structure import Structure, resize
 from lightning_optcore.recipe import Recipe, RecipeError, Step, rebuild
@@ -169,6 +170,7 @@ def free_key(ledger: Ledger, name: str) -> str:
 
 def _bring_to(module: nn.Module, ledger: Ledger, recipe: Recipe) -> None:
     """Give a module the shape of a recipe, whatever its present one."""
+    run_plainly(module)
     ledger.restore(module)
     for child in module.modules():
         if isinstance(child, HeadPrunedAttention):

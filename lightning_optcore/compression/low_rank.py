@@ -178,8 +178,7 @@ def _plan(
         chosen = by_energy(spectra, energy)
     else:
         assert target_params is not None
-        outside = whole - sum(spectrum.whole for spectrum in spectra.values())
-        chosen = _within(spectra, target_params, whole, outside)
+        chosen = by_budget(spectra, target_params, whole)
     for name, candidate in chosen.items():
         if not candidate.ranks:
             skipped.setdefault(name, "it keeps more whole than in factors")
@@ -187,16 +186,6 @@ def _plan(
     saved = sum(spectra[name].whole - candidate.params for name, candidate in chosen.items())
     left = {"params": 1 - saved / max(1, whole), **_latency_left(spectra, chosen, latency)}
     return _Plan({name: spectra[name].cut(rank) for name, rank in ranks.items()}, ranks, left, skipped)
-
-
-def _within(spectra: Mapping[str, Spectrum], target_params: float, whole: int, outside: int) -> dict[str, Candidate]:
-    smallest = outside + sum(spectrum.candidates[0].params for spectrum in spectra.values())
-    if smallest > target_params * whole:
-        raise MisconfigurationException(
-            f"{STEP}.target_params={target_params} cannot be reached: at least {smallest / whole:.3f} of the "
-            f"parameters stay, {outside / whole:.3f} of them outside the layers that can be factored"
-        )
-    return by_budget(spectra, target_params * whole - outside)
 
 
 def _latency_left(

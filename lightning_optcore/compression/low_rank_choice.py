@@ -380,8 +380,8 @@ def by_energy(spectra: Mapping[str, Spectrum], energy: float) -> dict[str, Candi
     return chosen
 
 
-def by_budget(spectra: Mapping[str, Spectrum], budget: float) -> dict[str, Candidate]:
-    """Return candidates of at most ``budget`` parameters together that lose as little as possible.
+def by_budget(spectra: Mapping[str, Spectrum], target_params: float, whole: int) -> dict[str, Candidate]:
+    """Return the candidates that lose as little as possible and leave a fraction of ``whole`` parameters.
 
     One price per parameter for all layers (a Lagrange multiplier) is found by bisection.
 
@@ -393,18 +393,20 @@ def by_budget(spectra: Mapping[str, Spectrum], budget: float) -> dict[str, Candi
         return {n: min(s.candidates, key=lambda c: (c.lost + price * c.params, c.params)) for n, s in spectra.items()}
 
     def params(chosen: Mapping[str, Candidate]) -> int:
-        return sum(candidate.params for candidate in chosen.values())
+        return outside + sum(candidate.params for candidate in chosen.values())
 
-    low, high = 1e-30, 1e30
+    outside = whole - sum(spectrum.whole for spectrum in spectra.values())
     chosen = {name: min(s.candidates, key=lambda c: c.params) for name, s in spectra.items()}
-    if params(chosen) > budget:
+    if params(chosen) > target_params * whole:
         raise MisconfigurationException(
-            f"{STEP}.target_params: at least {params(chosen):,} parameters stay in the layers, more than {budget:,.0f}"
+            f"{STEP}.target_params={target_params} cannot be reached: at least {params(chosen) / whole:.3f} of the "
+            f"parameters stay, {outside / whole:.3f} of them outside the layers that can be factored"
         )
+    low, high = 1e-30, 1e30
     for _ in range(200):
         middle = (low * high) ** 0.5
         tried = at(middle)
-        if params(tried) <= budget:
+        if params(tried) <= target_params * whole:
             high, chosen = middle, tried
         else:
             low = middle

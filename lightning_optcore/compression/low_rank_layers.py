@@ -60,12 +60,16 @@ def factored(layer: Any, basis: Basis) -> LowRank:
     weight = layer.weight.detach().double()
     expand, reduce = (t.to(weight) for t in (basis.expand, basis.reduce))
     if isinstance(layer, nn.Embedding):
-        factors = [weight @ reduce.T, expand]
+        factors = [reduce @ weight.T, expand]
     elif basis.inputs is None:
         factors = [torch.einsum("ro,o...->r...", reduce, weight), expand]
     else:
         narrow, widen = (t.to(weight) for t in basis.inputs)
-        factors = [narrow, torch.einsum("ro,oi...,is->rs...", reduce, weight, widen), expand]
+        core = torch.einsum("ro,oi...,is->rs...", reduce, weight, widen)
+        narrow, core = _balanced(narrow, core.transpose(0, 1))
+        factors = [narrow, core.transpose(0, 1), expand]
+    before, last = _balanced(factors[-2], expand.T)
+    factors[-2:] = [before.T if isinstance(layer, nn.Embedding) else before, last.T]
     with torch.no_grad():
         thin: Any
         for thin, factor in zip(product, factors, strict=True):
@@ -78,6 +82,13 @@ def factored(layer: Any, basis: Basis) -> LowRank:
                 lost = lost.flatten(2).sum(2) if lost.dim() > 2 else lost
                 bias += (lost @ basis.mean.to(weight)).to(bias.dtype)
     return product
+
+
+def _balanced(first: Tensor, second: Tensor) -> list[Tensor]:
+    """Give each direction (axis 0 of both) the same norm on both sides: optimizers step alike in both."""
+    norms = [factor.flatten(1).norm(dim=1).clamp_min(1e-30) for factor in (first, second)]
+    scale = (norms[1] / norms[0]).sqrt()
+    return [factor * by.reshape(-1, *(1,) * (factor.dim() - 1)) for factor, by in ((first, scale), (second, 1 / scale))]
 
 
 def unfilled(layer: Any, ranks: Sequence[int]) -> LowRank:

@@ -300,6 +300,8 @@ class StructuredPruning(Callback):
             self._prune(trainer, pl_module, progress)
         elif self._progress < 1 and self._schedule.batches_until_next(trainer, self._batch) == 1:
             # The last batch before a cut is what the compensation looks at.
+            if self._recorder is not None:
+                self._recorder.detach()
             self._recorder = ForwardRecorder(pl_module, max_samples=1)
             self._recorder.attach()
 
