@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_optcore.files import whole_file, write_atomically
+from lightning_optcore.files import replacing, write_atomically
 from lightning_optcore.jobs.building import instantiate_all, trainer_of
 from lightning_optcore.jobs.checks import check, instance_of
 from lightning_optcore.jobs.errors import ConfigurationError
@@ -218,7 +218,7 @@ def _write_weights(found: SearchResult, evaluation: InheritedEvaluation) -> None
     evaluation.path = Path(found.directory) / SUPERNET_FILE
     for trial in found.front:
         module = evaluation.module(trial.architecture)
-        with whole_file(Path(found.directory) / "front" / f"trial-{trial.number}.ckpt") as file:
+        with replacing(Path(found.directory) / "front" / f"trial-{trial.number}.ckpt") as file:
             torch.save({"state_dict": module.state_dict()}, file)
 
 
