@@ -47,17 +47,20 @@ class InheritedEvaluation:
             EvaluationError: If a loss is no finite number.
             SupernetError: If the supernet's file does not fit the evaluator.
         """
+        # Loaded before random numbers are seeded: the first of a process draws what all others do.
+        modules = self._modules()
         return self.evaluator.evaluated(
             architecture,
-            lambda: self._modules()(architecture),
+            lambda: modules(architecture),
             lambda trainer, model, data: trainer.validate(model, datamodule=data, verbose=False),
             [_Recalibration(self.calibration_batches)],
         )
 
     def module(self, architecture: Architecture) -> LightningModule:
         """Return the module of an architecture as it was judged: inherited, and its batch norm recalibrated."""
+        modules = self._modules()
         seed_everything(self.evaluator.seed, workers=True, verbose=False)
-        data, model = self.evaluator.data(), self._modules()(architecture)
+        data, model = self.evaluator.data(), modules(architecture)
         trainer = self.evaluator.trainer(callbacks=[_Recalibration(self.calibration_batches)])
         with interruptible(trainer):
             trainer.validate(model, datamodule=data, verbose=False)
