@@ -19,7 +19,8 @@ from lightning_optcore.nas.supernet_file import inheriting_modules, load_superne
 
 Modules = Callable[[Architecture], LightningModule]
 
-# The last supernet that this process loaded, by its file and when that was written.
+# The last supernet that this process loaded, by its file and when that was written: one file is of one search, whose
+# evaluator comes anew with every trial that is sent to a process.
 _LOADED: dict[tuple[str, int], Modules] = {}
 
 
