@@ -148,8 +148,9 @@ class ConfiguredEvaluator(LightningEvaluator):
 
     def _made_trainer(self, callbacks: Sequence[Callback], default_root_dir: str | None = None) -> Trainer:
         config = self._placed(default_root_dir)
-        # The table of trials stands where the bar would be.
-        shown = config.trainer.get("enable_progress_bar") is not None
+        # The table of trials stands where the bar would be; while a supernet is trained, there is none yet.
+        supernet = default_root_dir is not None and trial_directory() is None
+        shown = supernet or config.trainer.get("enable_progress_bar") is not None
         return trainer_of(config, list(callbacks), **({} if shown else {"enable_progress_bar": False}))
 
     def _placed(self, folder: str | None = None) -> DictConfig:

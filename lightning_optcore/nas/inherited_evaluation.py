@@ -19,7 +19,8 @@ from lightning_optcore.nas.supernet_file import inheriting_modules, load_superne
 
 Modules = Callable[[Architecture], LightningModule]
 
-# The last supernet that this process loaded, by its file and when that was written.
+# The last supernet that this process loaded, by its file and when that was written: one file is of one search, whose
+# evaluator comes anew with every trial that is sent to a process.
 _LOADED: dict[tuple[str, int], Modules] = {}
 
 
@@ -47,17 +48,20 @@ class InheritedEvaluation:
             EvaluationError: If a loss is no finite number.
             SupernetError: If the supernet's file does not fit the evaluator.
         """
+        # Loaded before random numbers are seeded: the first of a process draws what all others do.
+        modules = self._modules()
         return self.evaluator.evaluated(
             architecture,
-            lambda: self._modules()(architecture),
+            lambda: modules(architecture),
             lambda trainer, model, data: trainer.validate(model, datamodule=data, verbose=False),
             [_Recalibration(self.calibration_batches)],
         )
 
     def module(self, architecture: Architecture) -> LightningModule:
         """Return the module of an architecture as it was judged: inherited, and its batch norm recalibrated."""
+        modules = self._modules()
         seed_everything(self.evaluator.seed, workers=True, verbose=False)
-        data, model = self.evaluator.data(), self._modules()(architecture)
+        data, model = self.evaluator.data(), modules(architecture)
         trainer = self.evaluator.trainer(callbacks=[_Recalibration(self.calibration_batches)])
         with interruptible(trainer):
             trainer.validate(model, datamodule=data, verbose=False)

@@ -100,6 +100,7 @@ def search(
         ArchitectureError: If the space contradicts itself.
         SearchError: If an argument is out of range, nobody reports an objective, every trial failed, or no
             architecture was found that meets the constraints.
+        SupernetError: If there is no supernet of the space as a one-shot strategy needs it.
         SweepError: If the search cannot be continued, e.g. as its space has changed.
 
     Example:

@@ -16,7 +16,7 @@ from lightning_optcore.nas.one_shot import COSTS, OneShot, Prepare
 from lightning_optcore.nas.sampled_training import SampledTraining
 from lightning_optcore.nas.space import Architecture
 from lightning_optcore.nas.strategies import STRATEGIES, Strategy
-from lightning_optcore.nas.supernet import SupernetError, probabilities, smallest, sub_network, supernet
+from lightning_optcore.nas.supernet import SupernetError, largest, probabilities, smallest, sub_network, supernet
 from lightning_optcore.nas.supernet_file import SUPERNET_FILE, TrainedSupernet
 from lightning_optcore.nas.supernet_training import train_supernet
 from lightning_optcore.search.searcher import Proposal, Searcher, SearchError
@@ -55,7 +55,8 @@ def plan(strategy: OneShot, evaluate: Any) -> tuple[Strategy, Any, Prepare]:
     network = supernet(evaluator.space.new_model_space(), strategy.supernet_kind)
     if strategy.samples:
         try:
-            sub_network(network, smallest(network))
+            for architecture in (largest(network), smallest(network)):
+                sub_network(network, architecture)
         except SupernetError as error:
             serving = ", ".join(("darts", "gumbel_darts", *STRATEGIES))
             raise SupernetError(f"strategy={strategy.kind}: {error}; one of {serving} trains it alone") from error
