@@ -3,8 +3,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_optcore.measurement.forward_calls import ForwardRecorder, counted_replacement
+from lightning_optcore.data import Digits
+from lightning_optcore.measurement.forward_calls import ForwardRecorder, counted_replacement, detached_copy
 from lightning_optcore.measurement.inputs import Inputs, joined
+from lightning_optcore.measurement.quality import validate
+from lightning_optcore.models import MLP
 
 
 class Net(nn.Module):
@@ -77,6 +80,13 @@ def test_uneven_batches_join_along_their_own_axes():
     merged = joined(batches)
     assert [tuple(t.shape) for t in merged.tensors()] == [(7, 7), (2, 7, 5), (1,)]
     assert [tuple(t.shape) for t in merged.samples(2, 6).tensors()] == [(4, 7), (2, 4, 5), (1,)]
+
+
+def test_a_copy_of_a_lightning_module_validates(make_trainer):
+    model, data = MLP(width=8, depth=1), Digits()
+    make_trainer().fit(model, data)
+    copied = detached_copy(model)
+    assert validate(copied, datamodule=data).metrics == validate(model, datamodule=data).metrics
 
 
 def test_recorders_stop_in_any_order():
