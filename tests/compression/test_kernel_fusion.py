@@ -122,6 +122,8 @@ def test_noise_is_of_the_rounds_not_of_the_machine():
     wild = SpeedCheck.of({1: slow_moments}, {1: list(reversed(slow_moments))})
     assert not wild.faster
     assert not wild.slower
+    hardly_measured = SpeedCheck({"1": 0.11}, {"1": 1.2})
+    assert hardly_measured.slower
     mixed = SpeedCheck({"1": 2.0, "32": 0.9}, {"1": 0.02, "32": 0.02})
     assert mixed.slower
     assert not mixed.faster
