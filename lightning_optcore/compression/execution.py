@@ -23,6 +23,7 @@ class Execution:
 
     Attributes:
         compiled: Compile the forward for inference; training runs it as it is.
+        failure: Why it could not be compiled here, or ``None``.
         autocast: Run inference in autocast to this type, or ``None``.
         cast: The weights are of this type: inputs come to it, outputs return; or ``None``.
     """
@@ -32,6 +33,7 @@ class Execution:
         self._own = module.__dict__.get("forward")
         self._compiled: Callable[..., Any] | None = None
         self.compiled = False
+        self.failure: str | None = None
         self.autocast: torch.dtype | None = None
         self.cast: torch.dtype | None = None
 
@@ -68,7 +70,8 @@ class Execution:
             return self._compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.compiled, self._compiled = False, None
-            rank_zero_warn(f"torch.compile fails here, the module runs as it is: {first_line(error)}")
+            self.failure = first_line(error)
+            rank_zero_warn(f"torch.compile fails here, the module runs as it is: {self.failure}")
             return self.__wrapped__(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

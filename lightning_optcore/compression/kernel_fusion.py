@@ -187,7 +187,7 @@ class _Trial:
             except Exception as error:
                 return f"left out: torch.compile fails: {first_line(error)}"
             if not execution.compiled:
-                return "left out: torch.compile fails on this module or machine"
+                return f"left out: torch.compile fails: {execution.failure}"
             if time.perf_counter() - start > max_seconds:
                 break
         seconds = time.perf_counter() - start

@@ -178,7 +178,14 @@ def _plan(
         chosen = by_energy(spectra, energy)
     else:
         assert target_params is not None
-        chosen = by_budget(spectra, target_params, whole)
+        try:
+            chosen = by_budget(spectra, target_params, whole)
+        except MisconfigurationException as error:
+            slower = [name for name, spectrum in spectra.items() if len(spectrum.candidates) == 1]
+            if latency is None or not slower:
+                raise
+            remedy = f"no rank makes {', '.join(slower)} faster; faster=False factors for the size alone"
+            raise MisconfigurationException(f"{error}; {remedy}") from error
     for name, candidate in chosen.items():
         if not candidate.ranks:
             skipped.setdefault(name, "it keeps more whole than in factors")

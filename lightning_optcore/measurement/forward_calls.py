@@ -38,6 +38,9 @@ def detached_copy(module: nn.Module) -> nn.Module:
     trainer = module.__dict__.get("_trainer")
     copied = copy.deepcopy(module, {id(trainer): trainer} if trainer is not None else {})
     unwrap_forwards(copied)
+    if "_metric_attributes" in copied.__dict__:
+        # Lightning finds a logged metric's name by its identity, which is another in the copy.
+        copied.__dict__["_metric_attributes"] = None
     return copied
 
 

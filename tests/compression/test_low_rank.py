@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +181,12 @@ def test_only_what_is_no_slower_is_factored():
     assert done.left["latency"] < 1
 
 
+def test_a_target_out_of_reach_of_speed_names_the_layers():
+    net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    with pytest.raises(MisconfigurationException, match=r"no rank makes 0, 2 faster; faster=False factors"):
+        factorize(net, [torch.randn(64, 32)], target_params=0.5, latency=Counted())
+
+
 def test_an_optimizer_goes_on_with_the_thin_layers():
     net = nn.Linear(8, 6)
     other = nn.Parameter(torch.ones(3))
@@ -313,3 +323,29 @@ def test_a_factored_layer_survives_a_copy():
     assert isinstance(copied[0], LowRank)
     x = torch.randn(3, 64)
     torch.testing.assert_close(copied(x), net(x))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_factor_fuse_and_lower_the_same(tmp_path):
+    done = subprocess.run(
+        [
+            "timeout",
+            "-s",
+            "KILL",
+            "250",
+            sys.executable,
+            str(Path(__file__).parent / "two_ranks_low_rank.py"),
+            tmp_path,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["recipe"] == second["recipe"]
+    names = [step.name for step in Recipe.from_json(first["recipe"]).steps]
+    assert names == ["low_rank_factorization", "kernel_fusion", "mixed_precision"]
+    same = [name for name in first["weights"] if "acc" not in name]
+    assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in same)

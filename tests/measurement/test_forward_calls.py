@@ -3,8 +3,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_optcore.measurement.forward_calls import ForwardRecorder, counted_replacement
+from lightning_optcore.data import Digits
+from lightning_optcore.measurement.forward_calls import ForwardRecorder, counted_replacement, detached_copy
 from lightning_optcore.measurement.inputs import Inputs, joined
+from lightning_optcore.measurement.quality import validate
+from lightning_optcore.models import MLP
 
 
 class Net(nn.Module):
@@ -102,3 +105,10 @@ def test_a_module_of_another_class_computes_as_that():
     with ForwardRecorder(net):
         net.__class__ = Doubled
         assert torch.equal(net(x), expected)
+
+
+def test_a_copy_of_a_lightning_module_validates(make_trainer):
+    model, data = MLP(width=8, depth=1), Digits()
+    make_trainer().fit(model, data)
+    copied = detached_copy(model)
+    assert validate(copied, datamodule=data).metrics == validate(model, datamodule=data).metrics
