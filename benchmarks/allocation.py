@@ -70,7 +70,7 @@ def main() -> None:
             for name, figures in one_seed(net, seed, data, options.steps).items():
                 results.setdefault(name, []).append(figures)
             print(f"{net}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-        Console(width=150).print(_table(net, results))
+        Console(width=190).print(_table(net, results))
     print("versions:", ", ".join(f"{n} {version(n)}" for n in ("torch", "onnxruntime", "scipy", "torch-pruning")))
 
 

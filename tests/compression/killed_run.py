@@ -14,7 +14,12 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from nets import RowsClassifier
 
-from lightning_optcore.callbacks import KnowledgeDistillation, QuantizationAwareTraining, StructuredPruning
+from lightning_optcore.callbacks import (
+    KnowledgeDistillation,
+    LowRankFactorization,
+    QuantizationAwareTraining,
+    StructuredPruning,
+)
 from lightning_optcore.data import Digits
 from lightning_optcore.models import CNN
 
@@ -38,6 +43,7 @@ def main() -> None:
     target = {"target_params": 0.6} if options.quantize else {"target_flops": 0.5}
     callbacks = [KnowledgeDistillation(alpha=0.3), StructuredPruning(**target, start_epoch=1, end_epoch=3)]
     if options.quantize:
+        callbacks.append(LowRankFactorization(target_params=0.8, start_epoch=1.5, faster=False))
         folder = str(options.folder / "artifact")
         callbacks.append(QuantizationAwareTraining(start_epoch=2, output_dir=folder, rounds=1, batch_sizes=[1]))
     Trainer(

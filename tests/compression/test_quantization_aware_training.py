@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_optcore import load_artifact, load_from_checkpoint, rebuild
 from lightning_optcore.callbacks import (
     KnowledgeDistillation,
+    LowRankFactorization,
     MagnitudePruning,
     PostTrainingQuantization,
     QuantizationAwareTraining,
@@ -166,9 +167,9 @@ def test_the_recipe_makes_a_fresh_module_take_the_weights(make_trainer):
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("starts", [(0, 2), (2, 1)], ids=["prune first", "round first"])
+@pytest.mark.parametrize("starts", [(0, 1, 2), (2, 0, 1)], ids=["prune first", "round first"])
 @pytest.mark.parametrize("make", [lambda: CNN(width=16, depth=2), RowsClassifier], ids=["cnn", "transformer"])
-def test_prune_distil_and_round_in_one_fit(make_trainer, tmp_path, make, starts):
+def test_prune_factor_distil_and_round_in_one_fit(make_trainer, tmp_path, make, starts):
     """Lightning #11047: pruning and quantization-aware training in one run."""
     seed_everything(0, verbose=False)
     model, data = make(), Digits()
@@ -176,16 +177,17 @@ def test_prune_distil_and_round_in_one_fit(make_trainer, tmp_path, make, starts)
     callbacks = [
         KnowledgeDistillation(alpha=0.3),
         StructuredPruning(target_params=0.6, start_epoch=starts[0]),
-        quick(start_epoch=starts[1]),
+        LowRankFactorization(target_params=0.8, start_epoch=starts[1], faster=False),
+        quick(start_epoch=starts[2]),
     ]
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     trainer = make_trainer(*callbacks, checkpoint, max_epochs=5, enable_checkpointing=True)
     trainer.fit(model, data)
-    quantization = callbacks[2]
+    quantization = callbacks[3]
     assert quantization.error is None
-    assert sum(p.numel() for p in model.parameters()) <= 0.6 * whole
+    assert sum(p.numel() for p in model.parameters()) <= 0.8 * 0.6 * whole
     names = {step.name for step in quantization.artifact.recipe.steps}
-    assert names == {"structured_pruning", "quantization_aware_training"}
+    assert names == {"structured_pruning", "low_rank_factorization", "quantization_aware_training"}
     assert quantization.after.quality["val/acc"] == pytest.approx(quantization.before.quality["val/acc"], abs=0.012)
     (metrics,) = trainer.test(model, data, ckpt_path=checkpoint.last_model_path, verbose=False)
     for other in (
