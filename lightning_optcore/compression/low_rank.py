@@ -399,8 +399,7 @@ class LowRankFactorization(Callback):
             reasons = "; ".join(f"{layer}: {reason}" for layer, reason in plan.skipped.items())
             rank_zero_warn(f"{STEP}: no layer of {type(target).__name__} is factored. {reasons}")
             return
-        ledger = ledger_of(pl_module)
-        ranks = {prefix + layer: ranks for layer, ranks in plan.ranks.items()}
+        ranks, ledger = {prefix + layer: ranks for layer, ranks in plan.ranks.items()}, ledger_of(pl_module)
         ledger.record(free_key(ledger, STEP), _step(self.energy, self.target_params, self.aware, ranks))
         figures = ", ".join(f"{value:.1%} of the {key}" for key, value in self.left.items())
         rank_zero_info(f"{STEP}: factored {len(ranks)} layers; left {figures} of {name or type(pl_module).__name__}")
