@@ -25,8 +25,7 @@ from lightning_optcore.compression.artifact_making import (
     ArtifactCallback,
     NoArtifact,
     Source,
-    guarded_metric,
-    quality_drop,
+    required_metric,
     single_precision_copy,
 )
 from lightning_optcore.compression.artifact_making import Made as MadeArtifact
@@ -34,6 +33,7 @@ from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import Scheme
 from lightning_optcore.compression.quantization import SCHEMES, quantization_candidates
+from lightning_optcore.compression.user_validation import quality_drop
 from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.recipe import Step, register_step
@@ -384,7 +384,7 @@ class LayerwiseAllocation(ArtifactCallback):
 
         def quality(model: OnnxModel) -> float:
             after = metrics_of(model)
-            metric = guarded_metric(STEP, self.monitor, trainer, before, after)
+            metric = required_metric(STEP, self.monitor, trainer, before, after)
             return -quality_drop(metric, self.mode, before, after)
 
         try:

@@ -21,8 +21,7 @@ from lightning_optcore.compression.export import ExportError
 from lightning_optcore.compression.fake_quantization import settings_of
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import QuantizationError, cosine_similarity, weight_bytes
-from lightning_optcore.compression.user_validation import UserValidation
-from lightning_optcore.measurement.directions import direction_of
+from lightning_optcore.compression.user_validation import UserValidation, guarded_metric
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, detached_copy, submodule
 from lightning_optcore.measurement.inputs import Inputs, joined
 from lightning_optcore.measurement.measurement import Measurement
@@ -321,10 +320,10 @@ def _split(merged: Inputs, count: int, size: int = 32) -> list[Inputs]:
     return [merged.samples(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def guarded_metric(
+def required_metric(
     step: str, monitor: str | None, trainer: Any, before: Mapping[str, float], after: Mapping[str, float]
 ) -> str:
-    """Return the metric that must not fall: the one named, else the checkpoints', else the first to be maximized.
+    """Return the metric that must not fall; see :func:`~lightning_optcore.compression.user_validation.guarded_metric`.
 
     Args:
         step: The technique's name in messages.
@@ -334,21 +333,10 @@ def guarded_metric(
         after: Metrics of what takes its place.
 
     Raises:
-        NoArtifact: If the metric that was named was never logged.
+        NoArtifact: If it was never logged.
     """
-    known = [name for name in before if name in after]
-    if monitor is not None:
-        if monitor not in known:
-            raise NoArtifact(f"{step}.monitor={monitor!r} was never logged in validation: expected one of {known}")
-        return monitor
-    monitored = getattr(getattr(trainer, "checkpoint_callback", None), "monitor", None)
-    if monitored in known:
-        return str(monitored)
-    return next((name for name in known if direction_of(name) == "maximize"), known[0])
-
-
-def quality_drop(metric: str, mode: str | None, before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """Return by how much a metric became worse, in its own unit."""
-    loss = after[metric] - before[metric]
-    lower_is_better = mode == "min" if mode is not None else direction_of(metric) == "minimize"
-    return loss if lower_is_better else -loss
+    metric = guarded_metric(trainer, monitor, before, after)
+    if metric is None:
+        known = [name for name in before if name in after]
+        raise NoArtifact(f"{step}.monitor={monitor!r} was never logged in validation: expected one of {known}")
+    return metric

@@ -23,15 +23,15 @@ from lightning_optcore.compression.artifact_making import (
     NoArtifact,
     Source,
     check_openvino,
-    guarded_metric,
-    quality_drop,
     require_small_weights,
+    required_metric,
     single_precision_copy,
 )
 from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import QuantizationError, Widths
+from lightning_optcore.compression.user_validation import quality_drop
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.timing import time_in_turns
 from lightning_optcore.recipe import register_step
@@ -371,7 +371,7 @@ class PostTrainingQuantization(ArtifactCallback):
             if self.monitor is not None and self.monitor not in quality:
                 rank_zero_warn(f"{STEP}.monitor={self.monitor!r} was never logged in validation: only {list(quality)}")
             return result, quality
-        metric = guarded_metric(STEP, self.monitor, trainer, before, quality)
+        metric = required_metric(STEP, self.monitor, trainer, before, quality)
         drop, allowed = quality_drop(metric, self.mode, before, quality), self.max_quality_drop
         if drop <= allowed:
             return result, quality
