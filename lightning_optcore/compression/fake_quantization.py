@@ -107,7 +107,7 @@ def add_fake_quantization(module: nn.Module, layers: Iterable[str], settings: Fa
         if settings.scheme == "int8" and not isinstance(layer, nn.Embedding):
             inputs = 3 if isinstance(layer, nn.MultiheadAttention) else 1
             device = next(layer.parameters()).device
-            layer.register_buffer(RANGE, torch.zeros(inputs, 2, device=device))
+            layer.register_buffer(RANGE, torch.zeros(inputs, 2, device=device, dtype=torch.float32))
         layer.register_forward_pre_hook(_before, with_kwargs=True)
         layer.register_forward_hook(_after, always_call=True)
     for child in known.values():
@@ -219,7 +219,7 @@ def _learn(layer: Any, row: int, value: Tensor) -> None:
         return
     seen = torch.stack(torch.aminmax(value.detach())).to(known.dtype)
     beyond = torch.stack([seen[0] < known[row, 0], seen[1] > known[row, 1]])
-    share = torch.where(beyond, _GROWING, _SHRINKING)
+    share = torch.where(beyond, _GROWING, _SHRINKING).to(known.dtype)
     follow = torch.where((known[row] == 0).all(), seen, known[row].lerp(seen, share))
     # A batch with NaN in it teaches nothing.
     known[row] = torch.where(torch.isfinite(seen).all(), follow, known[row])
