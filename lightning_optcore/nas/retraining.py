@@ -103,10 +103,14 @@ def retrain(path: str | None = None, space: Any = None, module: Any = None, weig
         ArchitectureError: If the file is none, or its architecture is not of this space.
         SupernetError: If the weights are none, or of another space or module.
     """
+    from lightning.pytorch.utilities.seed import isolate_rng
+
     if path is None:
         raise ArchitectureError("path=null: name a file that a search wrote, e.g. model.path=front/trial-7.json")
     architecture = load_architecture(path)
-    where = configured_space(space)
+    # A space may have weights of its own; with the same seed the network begins as it did in the search.
+    with isolate_rng():
+        where = configured_space(space)
     build = instantiate(module, _partial_=True)
     try:
         where.validate(architecture)
