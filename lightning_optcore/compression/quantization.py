@@ -143,6 +143,7 @@ def post_training_quantize(
         ValueError: If there are no calibration inputs.
 
     Example:
+        >>> import torch
         >>> batches = [torch.randn(32, 16) for _ in range(4)]
         >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> post_training_quantize(net, batches, scheme="static").model(batches[0]).shape
@@ -176,6 +177,7 @@ def quantization_candidates(
     first, the cheapest of them leading; then the others, by how close they stay.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> sorted(c.parameters.scheme for c in quantization_candidates(net, [torch.randn(32, 16)]))
         ['dynamic', 'static']
