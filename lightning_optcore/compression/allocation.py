@@ -135,6 +135,7 @@ def allocate(
         AllocationError: If a budget is below the smallest possible, or nothing keeps the quality.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 4))
         >>> found = allocate(net, [torch.randn(32, 64)], budget_bytes=9_000)
         >>> found.realised["size_bytes"] <= 9_000, sorted(found.options)

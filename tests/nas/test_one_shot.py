@@ -152,7 +152,7 @@ def test_the_supernet_s_training_is_no_trial(monkeypatch, tmp_path):
     """Within a sweep over searches, the metric of a supernet is not compared with those of trials."""
     monkeypatch.setenv(TRIAL_VARIABLE, f"1 0 {tmp_path / 'none.db'}")
     evaluate = evaluator(callbacks=lambda: [TrialPruning(monitor="never logged")])
-    monkeypatch.setattr("lightning_optcore.nas.loop.named_trial", lambda *_: nullcontext())
+    monkeypatch.setattr("lightning_optcore.nas.trial.named_trial", lambda *_: nullcontext())
     monkeypatch.setattr(evaluate, "_record", lambda *_: None)
     monkeypatch.setattr("lightning_optcore.nas.evaluator.trial_directory", lambda: None)
     assert searched(evaluate, "random_one_shot", max_trials=1).history[0].failure is None
