@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from lightning_optcore.meta.functional import LossFunction, Parameters, descend, functional_loss, learned_parameters
+from lightning_optcore.meta.functional import (
+    FunctionalLoss,
+    LossFunction,
+    Parameters,
+    descend,
+    functional_loss,
+    learned_parameters,
+)
 from lightning_optcore.meta.meta_gradient import Backend, MetaGradient, MetaLearningError, Tasks
 
 
@@ -162,12 +171,16 @@ def reptile(
         fast = start
         for number in range(num_inner_steps):
             batch = pair[number % 2]
-            fast = descend(lambda p, batch=batch: loss(p, dict(buffers), batch), fast, inner_lr, 1, first_order=True)
+            fast = descend(partial(_loss_on, loss, buffers, batch), fast, inner_lr, 1, first_order=True)
         with torch.no_grad():
             losses.append(loss(fast, dict(buffers), pair[1]))
         for name, value in fast.items():
             moved[name] += (start[name] - value.detach()) / count
     return torch.stack(losses).mean(), moved
+
+
+def _loss_on(loss: FunctionalLoss, buffers: Parameters, batch: Any, parameters: Parameters) -> Tensor:
+    return loss(parameters, {name: value.clone() for name, value in buffers.items()}, batch)
 
 
 def protonet(module: nn.Module, tasks: Tasks) -> tuple[Tensor, Parameters]:
@@ -209,6 +222,4 @@ def _pairs(tasks: Tasks) -> list[Any]:
 
 
 def _task_of(sets: Any, index: int) -> Any:
-    from torch.utils._pytree import tree_map
-
     return tree_map(lambda tensor: tensor[index], sets)
