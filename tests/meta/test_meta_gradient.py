@@ -47,7 +47,7 @@ def by_autograd(module, tasks, lr, steps, first_order=False, adapted=None, rates
         loss = (functional_call(module, fast, (query[0][i],)) - query[1][i]).square().mean()
         losses.append(loss.detach())
         for total, gradient in zip(totals, torch.autograd.grad(loss, wanted), strict=True):
-            total += gradient / count
+            total.add_(gradient / count)
     return torch.stack(losses).mean(), totals
 
 
