@@ -38,15 +38,10 @@ from lightning_optcore.compression.low_rank_choice import (
 )
 from lightning_optcore.compression.low_rank_layers import Basis, factored, put_in_place, unfilled
 from lightning_optcore.compression.schedule import Schedule
-from lightning_optcore.compression.training_state import (
-    is_plain,
-    random_states,
-    replace_parameter,
-    restore_random_states,
-    wrap_again,
-)
+from lightning_optcore.compression.training_state import is_plain, replace_parameter, wrap_again
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.random_states import random_states, restore_random_states
 from lightning_optcore.recipe import Step, register_step
 
 # Batches before the factorization whose inputs are looked at.

@@ -39,9 +39,10 @@ from lightning_optcore.compression.fake_quantization import (
 )
 from lightning_optcore.compression.onnx_learned_ranges import export_with_ranges, quantized_with_ranges
 from lightning_optcore.compression.onnx_model import RUNTIMES, OnnxModel
-from lightning_optcore.compression.training_state import all_finite, random_states, restore_random_states
+from lightning_optcore.compression.training_state import all_finite
 from lightning_optcore.measurement.forward_calls import detached_copy, submodule
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.random_states import random_states, restore_random_states
 from lightning_optcore.recipe import Step, register_step
 
 STEP = "quantization_aware_training"

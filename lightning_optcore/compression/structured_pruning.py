@@ -47,16 +47,10 @@ from lightning_optcore.compression.layer_latency import LayerLatency, backend_af
 from lightning_optcore.compression.reconstruction import compensate
 from lightning_optcore.compression.schedule import Schedule
 from lightning_optcore.compression.structure import Structure, resize
-from lightning_optcore.compression.training_state import (
-    all_finite,
-    cut_optimizer,
-    is_plain,
-    random_states,
-    restore_random_states,
-    wrap_again,
-)
+from lightning_optcore.compression.training_state import all_finite, cut_optimizer, is_plain, wrap_again
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.random_states import random_states, restore_random_states
 from lightning_optcore.recipe import Step, register_step
 
 # Steps of training whose gradients are averaged before a decision.

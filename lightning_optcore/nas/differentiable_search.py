@@ -34,12 +34,11 @@ from lightning_optcore.nas.supernet import (
 )
 from lightning_optcore.nas.supernet_callbacks import (
     choose_in,
-    random_state,
-    set_random_state,
     supernet_in,
     training_step,
     unobserved,
 )
+from lightning_optcore.random_states import random_states, restore_random_states
 
 # By label and option: what it costs.
 CostTable = Mapping[str, Mapping[Any, float]]
@@ -258,7 +257,7 @@ class DifferentiableSearch(Callback):
             "trained": self._trained,
             "stepped": self._stepped,
             "first_cost": self._first_cost,
-            "random": random_state(),
+            "random": random_states(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -268,7 +267,7 @@ class DifferentiableSearch(Callback):
         self._restored = state_dict["optimizer"]
         self._trained, self._stepped = state_dict["trained"], state_dict["stepped"]
         self._first_cost = state_dict["first_cost"]
-        set_random_state(state_dict["random"])
+        restore_random_states(state_dict["random"])
 
     def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name = type(pl_module).__name__

@@ -18,7 +18,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_optcore.nas.supernet import Architecture, choose, largest, random_architecture, smallest
-from lightning_optcore.nas.supernet_callbacks import choose_in, random_state, set_random_state, supernet_in
+from lightning_optcore.nas.supernet_callbacks import choose_in, supernet_in
+from lightning_optcore.random_states import random_states, restore_random_states
 
 
 class SampledTraining(Callback):
@@ -85,14 +86,14 @@ class SampledTraining(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many batches there were, and the state of random numbers."""
-        return {"trained": self._trained, "random": random_state()}
+        return {"trained": self._trained, "random": random_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them."""
         if not self._fitting:
             return
         self._trained = state_dict["trained"]
-        set_random_state(state_dict["random"])
+        restore_random_states(state_dict["random"])
 
     def _next(self, network: nn.Module) -> Architecture:
         place = self._trained % (2 + self.num_random)

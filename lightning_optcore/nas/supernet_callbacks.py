@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import Metric
 
 from lightning_optcore.nas.supernet import Architecture, SupernetError, choose, find_supernet, kind_of
@@ -59,21 +58,6 @@ def unobserved(pl_module: LightningModule) -> Iterator[None]:
                 pl_module.__dict__[name] = theirs
         for one, state in running:
             one.__dict__.update(state)
-
-
-def random_state() -> dict[str, Tensor]:
-    """Return the state of the random numbers."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Continue the random numbers, so that data that are shuffled, noise and dropout are as they would have been."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def _running(metric: Metric) -> dict[str, Any]:
