@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_optcore.meta.adaptation import adapt
     from lightning_optcore.meta.algorithms import anil, fomaml, maml, meta_sgd, protonet, reptile
-    from lightning_optcore.meta.meta_gradient import MetaGradient, MetaLearningError
+    from lightning_optcore.meta.meta_gradient import MetaGradient
+    from lightning_optcore.meta.tasks import MetaLearningError
 
 _HOME_OF = {
     "MetaGradient": "meta_gradient",
-    "MetaLearningError": "meta_gradient",
+    "MetaLearningError": "tasks",
     "adapt": "adaptation",
     "anil": "algorithms",
     "fomaml": "algorithms",

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lightning_optcore.measurement.forward_calls import detached_copy
-from lightning_optcore.meta.functional import LossFunction, descend, functional_loss, learned_parameters
-from lightning_optcore.meta.meta_gradient import MetaLearningError
+from lightning_optcore.meta.functional import LossFunction
+from lightning_optcore.meta.meta_gradient import MetaGradient
+from lightning_optcore.meta.tasks import MetaLearningError
 
 
 def adapt(
@@ -47,22 +48,12 @@ def adapt(
     if num_inner_steps < 1:
         raise MetaLearningError(f"num_inner_steps={num_inner_steps}: expected at least 1")
     copied = detached_copy(module)
-    loss = functional_loss(copied, loss_fn)
-    parameters = {
-        name: value.detach() for name, value in learned_parameters(copied).items() if adapts is None or adapts(name)
-    }
-    buffers = dict(copied.named_buffers())
-    fast = parameters
-    for _ in range(num_inner_steps):
-        fast = descend(
-            lambda p: loss(p, {name: value.clone() for name, value in buffers.items()}, support),
-            fast,
-            inner_lr,
-            1,
-            first_order=True,
-        )
+    step = MetaGradient(
+        copied, loss_fn, inner_lr=inner_lr, num_inner_steps=num_inner_steps, adapts=adapts, backend="loop"
+    )
+    (adapted,) = step.adapted([(support, support)])
     with torch.no_grad():
         for name, value in copied.named_parameters():
-            if name in fast:
-                value.copy_(fast[name])
+            if name in adapted:
+                value.copy_(adapted[name])
     return copied

@@ -14,17 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from lightning_optcore.meta.functional import (
-    FunctionalLoss,
-    LossFunction,
-    Parameters,
-    descend,
-    functional_loss,
-    learned_parameters,
-)
-from lightning_optcore.meta.meta_gradient import Backend, MetaGradient, MetaLearningError, Tasks
+from lightning_optcore.meta.functional import LossFunction, Parameters, learned_parameters
+from lightning_optcore.meta.meta_gradient import Backend, MetaGradient
+from lightning_optcore.meta.tasks import MetaLearningError, TaskBatch, Tasks, task_batch
 
 
 def maml(
@@ -146,7 +139,12 @@ def meta_sgd(
 
 
 def reptile(
-    module: nn.Module, loss_fn: LossFunction, tasks: Tasks, inner_lr: float = 0.01, num_inner_steps: int = 5
+    module: nn.Module,
+    loss_fn: LossFunction,
+    tasks: Tasks,
+    inner_lr: float = 0.01,
+    num_inner_steps: int = 5,
+    **options: Any,
 ) -> tuple[Tensor, Parameters]:
     """Return the loss of the query sets after adaptation, and where adaptation came from less where it led to.
 
@@ -159,67 +157,87 @@ def reptile(
         tasks: As in :func:`maml`.
         inner_lr: Learning rate of the adaptation.
         num_inner_steps: Its gradient steps.
+        options: ``backend`` and ``chunk_size`` as in :func:`maml`.
+
+    Example:
+        >>> net = nn.Linear(1, 1)
+        >>> x, y = torch.randn(4, 10, 1), torch.randn(4, 10, 1)
+        >>> tasks = ((x[:, :5], y[:, :5]), (x[:, 5:], y[:, 5:]))
+        >>> loss, moved = reptile(net, lambda module, batch: (module(batch[0]) - batch[1]).square().mean(), tasks)
+        >>> moved["weight"].shape
+        torch.Size([1, 1])
     """
-    counter = MetaGradient(module, loss_fn, inner_lr=inner_lr, num_inner_steps=num_inner_steps, backend="loop")
-    supports, queries, count = counter._stacked(tasks)
-    loss = functional_loss(module, loss_fn)
-    start = {name: value.detach() for name, value in learned_parameters(module).items()}
-    buffers = {name: value.detach().clone() for name, value in module.named_buffers()}
-    losses, moved = [], {name: torch.zeros_like(value) for name, value in start.items()}
-    for i in range(count):
-        pair = [sets[i] if isinstance(sets, list) else _task_of(sets, i) for sets in (supports, queries)]
-        fast = start
-        for number in range(num_inner_steps):
-            batch = pair[number % 2]
-            fast = descend(partial(_loss_on, loss, buffers, batch), fast, inner_lr, 1, first_order=True)
-        with torch.no_grad():
-            losses.append(loss(fast, dict(buffers), pair[1]))
-        for name, value in fast.items():
-            moved[name] += (start[name] - value.detach()) / count
-    return torch.stack(losses).mean(), moved
+    step = MetaGradient(
+        module, loss_fn, inner_lr=inner_lr, num_inner_steps=num_inner_steps, direction="displacement", **options
+    )
+    found = step(tasks)
+    return found.loss, found.gradients
 
 
-def _loss_on(loss: FunctionalLoss, buffers: Parameters, batch: Any, parameters: Parameters) -> Tensor:
-    return loss(parameters, {name: value.clone() for name, value in buffers.items()}, batch)
-
-
-def protonet(module: nn.Module, tasks: Tasks) -> tuple[Tensor, Parameters]:
+def protonet(module: nn.Module, tasks: Tasks, **options: Any) -> tuple[Tensor, Parameters]:
     """Return the loss of the query sets by the distance to the mean embedding of each class, and its gradient.
 
     Args:
         module: Returns embeddings (samples, features) of inputs.
         tasks: ``((x, labels), (x, labels))`` with the tasks along the first axis; labels are whole numbers from 0.
+        options: ``backend`` and ``chunk_size`` as in :func:`maml`.
 
     Raises:
         MetaLearningError: If a class of the query set has no sample in the support set.
+
+    Example:
+        >>> x, labels = torch.randn(3, 4, 5), torch.tensor([[0, 0, 1, 1]] * 3)
+        >>> loss, gradients = protonet(nn.Linear(5, 2), ((x, labels), (x, labels)))
+        >>> gradients["weight"].shape
+        torch.Size([2, 5])
     """
-
-    def loss_fn(network: nn.Module, pair: Any) -> Tensor:
-        return prototype_loss(network, *pair)
-
-    paired = [(task, task) for task in _pairs(tasks)]
-    found = MetaGradient(module, loss_fn, num_inner_steps=0, backend="loop")(paired)
+    batch = task_batch(tasks)
+    classes = num_classes(batch)
+    step = MetaGradient(module, partial(_prototype_loss, classes=classes), num_inner_steps=0, **options)
+    found = step(with_support(batch))
     return found.loss, found.gradients
 
 
-def prototype_loss(module: nn.Module, support: tuple[Tensor, Tensor], query: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the cross-entropy of the negative squared distances to the classes' mean embeddings (equation 2)."""
+def with_support(batch: TaskBatch) -> TaskBatch:
+    """Return tasks whose query sets are ``(support, query)``: a loss that needs no gradient steps sees both."""
+    if batch.alike:
+        return TaskBatch(batch.supports, (batch.supports, batch.queries), batch.count)
+    return TaskBatch(batch.supports, list(zip(batch.supports, batch.queries, strict=True)), batch.count)
+
+
+def num_classes(batch: TaskBatch) -> int:
+    """Return how many classes the support sets of ``(x, labels)`` have.
+
+    Raises:
+        MetaLearningError: If the sets are not of that form, or a class of a query set has no sample in its support set.
+    """
+    pairs = [batch.pair(i) for i in range(batch.count)]
+    for one in (one for pair in pairs for one in pair):
+        if not (isinstance(one, (tuple, list)) and len(one) == 2 and not one[1].is_floating_point()):
+            raise MetaLearningError("tasks: prototypes need sets of (inputs, labels), with whole numbers as labels")
+    for number, (support, query) in enumerate(pairs):
+        missing = sorted(set(query[1].flatten().tolist()) - set(support[1].flatten().tolist()))
+        if missing:
+            raise MetaLearningError(
+                f"tasks: class {missing[0]} of the query set of task {number} has no sample in the support set"
+            )
+    return 1 + max(int(support[1].max()) for support, _ in pairs)
+
+
+def prototype_logits(module: nn.Module, support: tuple[Tensor, Tensor], inputs: Tensor, classes: int) -> Tensor:
+    """Return the negative squared distances (samples, classes) to the classes' mean embeddings (equation 2).
+
+    A class that the support set lacks is infinitely far away.
+    """
     images, labels = support
-    classes = int(labels.max()) + 1
-    member = nn.functional.one_hot(labels, classes).to(images.dtype)
+    member = nn.functional.one_hot(labels, classes)
     counts = member.sum(0)
-    if bool((counts == 0).any()) or int(query[1].max()) >= classes:
-        raise MetaLearningError("tasks: a class of the query set has no sample in the support set")
-    prototypes = member.T @ module(images) / counts[:, None]
-    return nn.functional.cross_entropy(-torch.cdist(module(query[0]), prototypes).square(), query[1])
+    embedded = module(images)
+    prototypes = member.to(embedded.dtype).T @ embedded / counts.clamp(min=1)[:, None]
+    distances = (module(inputs)[:, None] - prototypes[None]).square().sum(-1)
+    return torch.where(counts > 0, -distances, -torch.inf)
 
 
-def _pairs(tasks: Tasks) -> list[Any]:
-    if isinstance(tasks, list):
-        return tasks
-    support, query = tasks
-    return [(_task_of(support, i), _task_of(query, i)) for i in range(len(support[0]))]
-
-
-def _task_of(sets: Any, index: int) -> Any:
-    return tree_map(lambda tensor: tensor[index], sets)
+def _prototype_loss(module: nn.Module, pair: Any, classes: int) -> Tensor:
+    support, query = pair
+    return nn.functional.cross_entropy(prototype_logits(module, support, query[0], classes), query[1])

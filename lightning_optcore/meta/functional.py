@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,40 +10,40 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 # loss_fn(module, batch) -> scalar
-LossFunction = Callable[[nn.Module, Any], Tensor]
+LossFunction = Callable[[nn.Module, Any], Any]
 Parameters = dict[str, Tensor]
-# From parameters, buffers and a batch to a scalar.
-FunctionalLoss = Callable[[Parameters, Parameters, Any], Tensor]
+# From parameters, buffers and a batch to what the function of a module and a batch returns.
+Functional = Callable[[Parameters, Parameters, Any], Any]
 
 _HELD = "held."
 
 
-class _Loss(nn.Module):
-    def __init__(self, module: nn.Module, loss_fn: LossFunction) -> None:
+class _Holder(nn.Module):
+    def __init__(self, module: nn.Module, fn: Callable[[nn.Module, Any], Any]) -> None:
         super().__init__()
         self.held = module
-        self._loss_fn = loss_fn
+        self._fn = fn
 
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss_fn(self.held, batch)
+    def forward(self, batch: Any) -> Any:
+        return self._fn(self.held, batch)
 
 
-def functional_loss(module: nn.Module, loss_fn: LossFunction) -> FunctionalLoss:
-    """Return the loss as a function of parameters, buffers and a batch; the module's own stay as they are.
+def functional(module: nn.Module, fn: Callable[[nn.Module, Any], Any]) -> Functional:
+    """Return ``fn(module, batch)`` as a function of parameters, buffers and a batch; the module's own stay as they are.
 
     Example:
         >>> net = nn.Linear(1, 1, bias=False)
-        >>> loss = functional_loss(net, lambda module, batch: module(batch).sum())
+        >>> loss = functional(net, lambda module, batch: module(batch).sum())
         >>> float(loss({"weight": torch.tensor([[3.0]])}, {}, torch.ones(2, 1)))
         6.0
     """
-    holder = _Loss(module, loss_fn)
+    holder = _Holder(module, fn)
 
-    def loss(parameters: Parameters, buffers: Parameters, batch: Any) -> Tensor:
+    def call(parameters: Parameters, buffers: Parameters, batch: Any) -> Any:
         state = {f"{_HELD}{name}": value for name, value in {**parameters, **buffers}.items()}
         return functional_call(holder, state, (batch,))
 
-    return loss
+    return call
 
 
 def learned_parameters(module: nn.Module) -> Parameters:
@@ -52,7 +52,7 @@ def learned_parameters(module: nn.Module) -> Parameters:
 
 
 def descend(
-    loss: Callable[[Parameters], Tensor],
+    losses: Sequence[Callable[[Parameters], Tensor]],
     parameters: Parameters,
     rates: float | Mapping[str, Tensor],
     num_steps: int,
@@ -62,18 +62,18 @@ def descend(
     """Take steps of gradient descent, through which gradients flow.
 
     Args:
-        loss: A scalar of the parameters.
+        losses: Scalars of the parameters, of which each step takes the next.
         parameters: Where it begins.
         rates: The learning rate; or one for every number of every parameter.
         num_steps: How many steps.
         first_order: Whether the gradients of the steps are constants to what comes after.
 
     Example:
-        >>> descend(lambda p: (p["x"] ** 2).sum(), {"x": torch.tensor([1.0])}, 0.25, 2)
+        >>> descend([lambda p: (p["x"] ** 2).sum()], {"x": torch.tensor([1.0])}, 0.25, 2)
         {'x': tensor([0.2500])}
     """
-    for _ in range(num_steps):
-        gradients = torch.func.grad(loss)(parameters)
+    for number in range(num_steps):
+        gradients = torch.func.grad(losses[number % len(losses)])(parameters)
         if first_order:
             gradients = {name: gradient.detach() for name, gradient in gradients.items()}
         parameters = {

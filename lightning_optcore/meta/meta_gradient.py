@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_optcore.meta.functional import (
-    LossFunction,
-    Parameters,
-    descend,
-    functional_loss,
-    learned_parameters,
-)
+from lightning_optcore.meta.functional import LossFunction, Parameters, descend, functional, learned_parameters
+from lightning_optcore.meta.tasks import MetaLearningError, TaskBatch, Tasks, part, stacked, task_batch
 
 log = logging.getLogger(__name__)
 
 Backend = Literal["auto", "vmap", "loop"]
 BACKENDS = ("auto", "vmap", "loop")
-# (support, query): pytrees of tensors with the tasks along the first axis; or a list of such pairs, one for each task.
-Tasks = Any
+Direction = Literal["gradient", "displacement"]
+DIRECTIONS = ("gradient", "displacement")
 _TIMED = 3
-
-
-class MetaLearningError(ValueError):
-    """Tasks that cannot be learned from, or a loss that cannot be; the message says what would be right."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +36,29 @@ class MetaStep:
 
     Args:
         loss: Mean over the tasks of the loss of the query set after adaptation.
-        gradients: Its gradient, by the name of the parameter.
+        gradients: Its gradient, by the name of the parameter; or what adaptation took away from the parameters, on
+            average, where that is the direction.
         rate_gradients: The gradient with respect to the inner learning rates, where these are learned.
         losses: (tasks,) the loss of each task.
+        aux: What the loss returned beside the scalar for each query set, with the tasks along the first axis; a list,
+            one for each task, where the shapes differ.
     """
 
     loss: Tensor
     gradients: Parameters
     rate_gradients: Parameters
     losses: Tensor
+    aux: Any = None
+
+
+@dataclass
+class _Totals:
+    """Sums over the chunks of tasks, and what each of them left."""
+
+    gradients: Any = None
+    losses: list[Tensor] = field(default_factory=list)
+    buffers: list[Parameters] = field(default_factory=list)
+    aux: list[Any] = field(default_factory=list)
 
 
 class MetaGradient:
@@ -71,6 +76,9 @@ class MetaGradient:
             both once and keeps the faster.
         chunk_size: Tasks that are computed, and differentiated, together: memory grows with it. ``None``: all.
         compile: Whether ``torch.compile`` compiles the step, which takes seconds once.
+        direction: ``"gradient"`` of the loss after adaptation; or ``"displacement"``: where adaptation came from less
+            where it led to, on the support and query sets in turn (Reptile).
+        has_aux: Whether the loss returns ``(scalar, aux)``, with ``aux`` a pytree of tensors.
 
     Attributes:
         chosen: The backend that is used, once that is known.
@@ -100,9 +108,13 @@ class MetaGradient:
         backend: Backend = "auto",
         chunk_size: int | None = None,
         compile: bool = False,
+        direction: Direction = "gradient",
+        has_aux: bool = False,
     ) -> None:
         if backend not in BACKENDS:
             raise MetaLearningError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
+        if direction not in DIRECTIONS:
+            raise MetaLearningError(f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
         if num_inner_steps < 0:
             raise MetaLearningError(f"num_inner_steps={num_inner_steps}: expected at least 0")
         if chunk_size is not None and chunk_size < 1:
@@ -113,12 +125,13 @@ class MetaGradient:
         self.first_order = first_order
         self.backend = backend
         self.chunk_size = chunk_size
-        self._adapts = adapts or (lambda name: True)
-        self._loss = functional_loss(module, loss_fn)
-        self._compile = compile
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self.direction = direction
         self.chosen: Literal["vmap", "loop"] | None = None if backend == "auto" else backend
         self.reason = "" if backend == "auto" else "as configured"
+        self._adapts = adapts or (lambda name: True)
+        self._with_aux = functional(module, loss_fn if has_aux else lambda one, batch: (loss_fn(one, batch), ()))
+        self._compile = compile
+        self._steps: dict[str, Callable[..., Any]] = {}
 
     def __call__(self, tasks: Tasks, rates: Mapping[str, Tensor] | None = None) -> MetaStep:
         """Return the loss after adaptation and its gradients.
@@ -131,19 +144,41 @@ class MetaGradient:
         Raises:
             MetaLearningError: If there is no task, a support set is empty, or the loss cannot be differentiated.
         """
-        supports, queries, count = self._stacked(tasks)
-        parameters = learned_parameters(self.module)
-        buffers = dict(self.module.named_buffers())
+        batch = tasks if isinstance(tasks, TaskBatch) else task_batch(tasks)
+        parameters, buffers = learned_parameters(self.module), dict(self.module.named_buffers())
         given = dict(rates or {})
+        if not batch.alike and self.chosen != "loop":
+            self._keep("loop", "the shapes of the tasks differ")
         if self.chosen is None:
-            self._choose(parameters, buffers, given, supports, queries, count)
-        if self.chosen == "vmap" and isinstance(supports, list):
-            self.chosen, self.reason = "loop", "the shapes of the tasks differ"
-            log.info("meta-learning: backend=loop, as %s", self.reason)
-        try:
-            return self._run(self.chosen or "loop", parameters, buffers, given, supports, queries, count)
-        except RuntimeError as error:
-            raise _named(error) from error
+            self._choose(parameters, buffers, given, batch)
+        with _errors_named():
+            return self._run(self.chosen or "loop", parameters, buffers, given, batch)
+
+    def adapted(self, tasks: Tasks, rates: Mapping[str, Tensor] | None = None) -> list[Parameters]:
+        """Return, of every task, all parameters after adaptation to its support set; no gradient flows through them.
+
+        It works in inference mode, too.
+
+        Args:
+            tasks: As for a call.
+            rates: As for a call.
+        """
+        batch = tasks if isinstance(tasks, TaskBatch) else task_batch(tasks)
+        parameters = {name: value.detach() for name, value in learned_parameters(self.module).items()}
+        buffers = {name: value.detach().clone() for name, value in self.module.named_buffers()}
+        given = {name: rate.detach() for name, rate in (rates or {}).items()}
+
+        def after(support: Any) -> Parameters:
+            return self._after(parameters, buffers, given, [support], first_order=True)
+
+        with _errors_named(), sdpa_kernel(SDPBackend.MATH):
+            if batch.alike and self.chosen != "loop":
+                try:
+                    together = torch.vmap(after, randomness="different")(batch.supports)
+                    return [part(together, i) for i in range(batch.count)]
+                except RuntimeError as error:
+                    self._keep("loop", _why_no_vmap(error))
+            return [after(part(batch.supports, i)) for i in range(batch.count)]
 
     def _run(
         self,
@@ -151,98 +186,110 @@ class MetaGradient:
         parameters: Parameters,
         buffers: Parameters,
         rates: Parameters,
-        supports: Any,
-        queries: Any,
-        count: int,
+        batch: TaskBatch,
         *,
         keep_buffers: bool = True,
     ) -> MetaStep:
-        size = count if self.chunk_size is None else min(self.chunk_size, count)
-        size = 1 if backend == "loop" else size
-        step = self._step(backend)
-        totals: list[Any] = []
-        losses, statistics = [], []
+        size = 1 if backend == "loop" else min(self.chunk_size or batch.count, batch.count)
+        step, totals = self._step(backend), _Totals()
         # Flash attention has no second derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            for start in range(0, count, size):
-                support, query = (_part(sets, start, min(start + size, count), backend) for sets in (supports, queries))
-                (gradients, rate_gradients), (chunk_losses, chunk_buffers) = step(
-                    parameters, rates, buffers, support, query
+            for start in range(0, batch.count, size):
+                which = start if backend == "loop" else slice(start, start + size)
+                gradients, (losses, after, aux) = step(
+                    parameters, rates, buffers, part(batch.supports, which), part(batch.queries, which)
                 )
-                totals.append(gradients if not totals else tree_map(torch.add, totals.pop(), gradients))
-                losses.append(chunk_losses.detach().reshape(-1))
-                statistics.append((chunk_buffers, rate_gradients))
-        rate_sum = _summed([rate_gradients for _, rate_gradients in statistics])
+                earlier = totals.gradients
+                totals.gradients = gradients if earlier is None else tree_map(torch.add, earlier, gradients)
+                totals.losses.append(losses.detach().reshape(-1))
+                totals.buffers.append(after)
+                totals.aux.append(aux)
         if keep_buffers and self.module.training:
-            self._follow(buffers, [chunk for chunk, _ in statistics], backend)
-        all_losses = torch.cat(losses)
-        return MetaStep(
-            loss=all_losses.mean(),
-            gradients={name: value.detach() / count for name, value in totals[0].items()},
-            rate_gradients={name: value.detach() / count for name, value in rate_sum.items()},
-            losses=all_losses,
-        )
+            self._follow(buffers, totals.buffers, backend)
+        losses = torch.cat(totals.losses)
+        of_parameters, of_rates = tree_map(lambda total: total.detach() / batch.count, totals.gradients)
+        return MetaStep(losses.mean(), of_parameters, of_rates, losses, _joined(totals.aux, backend))
 
     def _step(self, backend: Literal["vmap", "loop"]) -> Callable[..., Any]:
-        """Return what computes the summed gradients of a chunk: ((parameters, rates), (losses, buffers))."""
-        if backend not in self._compiled:
-            task = self._task
-            many = torch.vmap(task, in_dims=(None, None, None, 0, 0), randomness="different")
+        """Return what computes a chunk: ((of the parameters, of the rates), (losses, buffers, aux)), the first sums."""
+        if backend not in self._steps:
+            step = self._gradients(backend) if self.direction == "gradient" else self._displacements(backend)
+            self._steps[backend] = torch.compile(step, dynamic=False) if self._compile else step
+        return self._steps[backend]
 
-            def total(parameters: Parameters, rates: Parameters, buffers: Parameters, support: Any, query: Any) -> Any:
-                if backend == "loop":
-                    loss, after = task(parameters, rates, buffers, support, query)
-                    return loss, (loss, after)
-                losses, after = many(parameters, rates, buffers, support, query)
-                return losses.sum(), (losses, after)
+    def _gradients(self, backend: str) -> Callable[..., Any]:
+        task = self._task
+        many = torch.vmap(task, in_dims=(None, None, None, 0, 0), randomness="different")
 
-            step: Callable[..., Any] = torch.func.grad(total, argnums=(0, 1), has_aux=True)
-            self._compiled[backend] = torch.compile(step, dynamic=False) if self._compile else step
-        return self._compiled[backend]
+        def total(parameters: Parameters, rates: Parameters, buffers: Parameters, support: Any, query: Any) -> Any:
+            found = (task if backend == "loop" else many)(parameters, rates, buffers, support, query)
+            return found[0].sum(), found
+
+        return torch.func.grad(total, argnums=(0, 1), has_aux=True)
+
+    def _displacements(self, backend: str) -> Callable[..., Any]:
+        def task(parameters: Parameters, rates: Parameters, buffers: Parameters, support: Any, query: Any) -> Any:
+            fast = self._after(parameters, buffers, rates, [support, query], first_order=True)
+            after = _own(buffers, query)
+            loss, aux = self._with_aux(fast, after, query)
+            return {name: parameters[name] - fast[name] for name in parameters}, (loss, after, aux)
+
+        many = torch.vmap(task, in_dims=(None, None, None, 0, 0), randomness="different")
+
+        def total(parameters: Parameters, rates: Parameters, buffers: Parameters, support: Any, query: Any) -> Any:
+            with torch.no_grad():
+                moved, found = (task if backend == "loop" else many)(parameters, rates, buffers, support, query)
+            return (moved if backend == "loop" else tree_map(lambda one: one.sum(0), moved), {}), found
+
+        return total
 
     def _task(
         self, parameters: Parameters, rates: Parameters, buffers: Parameters, support: Any, query: Any
-    ) -> tuple[Tensor, Parameters]:
-        """Return the loss of one task's query set after adaptation, and the buffers that it left."""
+    ) -> tuple[Tensor, Parameters, Any]:
+        """Return the loss of one task's query set after adaptation, the buffers that it left, and what else it gave."""
+        fast = self._after(parameters, buffers, rates, [support], first_order=self.first_order)
+        after = _own(buffers, query)
+        loss, aux = self._with_aux(fast, after, query)
+        return loss, after, aux
+
+    def _after(
+        self, parameters: Parameters, buffers: Parameters, rates: Parameters, sets: Sequence[Any], *, first_order: bool
+    ) -> Parameters:
+        """Return all parameters after the steps, each of which is on the next of the sets."""
         adapted = {name: value for name, value in parameters.items() if self._adapts(name)}
         fixed = {name: value for name, value in parameters.items() if name not in adapted}
 
-        def support_loss(fast: Parameters) -> Tensor:
+        def loss_of(batch: Any) -> Callable[[Parameters], Tensor]:
             # Statistics that a pass writes belong to that pass.
-            return self._loss({**fixed, **fast}, _own(buffers, support), support)
+            return lambda fast: self._with_aux({**fixed, **fast}, _own(buffers, batch), batch)[0]
 
-        fast = descend(
-            support_loss, adapted, rates or self.inner_lr, self.num_inner_steps, first_order=self.first_order
-        )
-        after = _own(buffers, query)
-        return self._loss({**fixed, **fast}, after, query), after
+        losses = [loss_of(batch) for batch in sets]
+        fast = descend(losses, adapted, rates or self.inner_lr, self.num_inner_steps, first_order=first_order)
+        return {**fixed, **fast}
 
-    def _choose(self, *arguments: Any) -> None:
-        parameters, _, _, supports, _, _ = arguments
-        if isinstance(supports, list):
-            self.chosen, self.reason = "loop", "the shapes of the tasks differ"
-            log.info("meta-learning: backend=loop, as %s", self.reason)
-            return
+    def _choose(self, parameters: Parameters, buffers: Parameters, rates: Parameters, batch: TaskBatch) -> None:
         device = next(iter(parameters.values())).device
         seconds: dict[str, float] = {}
         # What is drawn while it is timed must not be missed by the training.
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for backend in ("vmap", "loop"):
                 try:
-                    seconds[backend] = self._timed(backend, arguments, device)
+                    seconds[backend] = self._timed(backend, parameters, buffers, rates, batch)
                 except RuntimeError as error:
-                    if backend == "loop":
-                        raise _named(error) from error
-                    self.chosen, self.reason = "loop", f"vmap: {' '.join(str(error).split())[:200]}"
-                    log.info("meta-learning: backend=loop; %s", self.reason)
-                    return
-        self.chosen = "vmap" if seconds["vmap"] <= seconds["loop"] else "loop"
-        self.reason = f"a step takes {1e3 * seconds['vmap']:.3g} ms by vmap, {1e3 * seconds['loop']:.3g} ms by loop"
-        log.info("meta-learning: backend=%s, as %s", self.chosen, self.reason)
+                    if backend == "vmap":
+                        return self._keep("loop", _why_no_vmap(error))
+                    raise _named(error) from error
+        faster: Any = min(seconds, key=lambda one: seconds[one])
+        times = " ms, ".join(f"{1e3 * taken:.3g} by {backend}" for backend, taken in seconds.items())
+        self._keep(faster, f"a step takes {times} ms")
+        return None
 
-    def _timed(self, backend: Any, arguments: Sequence[Any], device: torch.device) -> float:
-        taken = []
+    def _keep(self, backend: Literal["vmap", "loop"], reason: str) -> None:
+        self.chosen, self.reason = backend, reason
+        log.info("meta-learning: backend=%s; %s", backend, reason)
+
+    def _timed(self, backend: Any, *arguments: Any) -> float:
+        device, taken = next(iter(arguments[0].values())).device, []
         for _ in range(_TIMED):
             start = time.perf_counter()
             self._run(backend, *arguments, keep_buffers=False)
@@ -251,37 +298,12 @@ class MetaGradient:
             taken.append(time.perf_counter() - start)
         return min(taken)
 
-    def _stacked(self, tasks: Tasks) -> tuple[Any, Any, int]:
-        """Return support and query sets, stacked where their shapes allow it, and how many tasks there are."""
-        if isinstance(tasks, list):
-            if not tasks:
-                raise MetaLearningError("tasks: empty, expected at least one (support, query)")
-            supports, queries = [support for support, _ in tasks], [query for _, query in tasks]
-            _check_sets(supports, queries)
-            if len({_form(task) for task in tasks}) == 1:
-                stack = (tree_map(lambda *one: torch.stack(one), *sets) for sets in (supports, queries))
-                return (*stack, len(tasks))
-            return supports, queries, len(tasks)
-        support, query = tasks
-        sizes = {len(tensor) for tensor in tree_leaves((support, query)) if isinstance(tensor, Tensor)}
-        if len(sizes) != 1 or 0 in sizes:
-            raise MetaLearningError(
-                f"tasks: the first axes have {sorted(sizes)} tasks; expected as many, at least one, everywhere"
-            )
-        _check_sets([tree_map(lambda one: one[0], support)], [tree_map(lambda one: one[0], query)])
-        return support, query, sizes.pop()
-
     def _follow(self, buffers: Parameters, chunks: Sequence[Parameters], backend: str) -> None:
         """Bring running statistics to the mean of what the tasks left."""
         for name, buffer in buffers.items():
             left = torch.cat([chunk[name] if backend == "vmap" else chunk[name][None] for chunk in chunks])
             with torch.no_grad():
                 buffer.copy_(left.mean(0) if left.is_floating_point() else left.amax(0))
-
-
-def has_running_statistics(module: nn.Module) -> bool:
-    """Return whether a module keeps statistics of its batches."""
-    return any(isinstance(one, _BatchNorm) and one.track_running_stats for one in module.modules())
 
 
 def _own(buffers: Parameters, batch: Any) -> Parameters:
@@ -294,30 +316,24 @@ def _own(buffers: Parameters, batch: Any) -> Parameters:
     return {name: (value + zero.to(value.dtype)).to(value.dtype) for name, value in buffers.items()}
 
 
-def _part(sets: Any, start: int, stop: int, backend: str) -> Any:
-    if isinstance(sets, list):
-        return sets[start]
-    if backend == "loop":
-        return tree_map(lambda tensor: tensor[start], sets)
-    return tree_map(lambda tensor: tensor[start:stop], sets)
+def _joined(parts: Sequence[Any], backend: str) -> Any:
+    """Return what chunks gave beside their losses, with the tasks along the first axis."""
+    if not tree_leaves(parts[0]):
+        return None
+    if backend == "vmap":
+        return tree_map(lambda *one: torch.cat(one).detach(), *parts)
+    try:
+        return tree_map(Tensor.detach, stacked(parts))
+    except (RuntimeError, ValueError):
+        return [tree_map(Tensor.detach, one) for one in parts]
 
 
-def _summed(parts: Sequence[Parameters]) -> Parameters:
-    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]} if parts else {}
-
-
-def _form(task: Any) -> str:
-    leaves, structure = tree_flatten(task)
-    shapes = [(tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves]
-    return f"{structure} {shapes}"
-
-
-def _check_sets(supports: Sequence[Any], queries: Sequence[Any]) -> None:
-    for what, sets in (("support", supports), ("query", queries)):
-        for number, one in enumerate(sets):
-            tensors = [leaf for leaf in tree_leaves(one) if isinstance(leaf, Tensor)]
-            if not tensors or any(tensor.numel() == 0 for tensor in tensors):
-                raise MetaLearningError(f"tasks: the {what} set of task {number} is empty")
+@contextmanager
+def _errors_named() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise _named(error) from error
 
 
 def _named(error: RuntimeError) -> Exception:
@@ -329,6 +345,8 @@ def _named(error: RuntimeError) -> Exception:
         )
     if "inplace" in text or "in-place" in text:
         return MetaLearningError(f"the module writes in place where gradients have to flow ({text}); write x = x + y")
-    if isinstance(error, MetaLearningError):
-        return error
     return error
+
+
+def _why_no_vmap(error: RuntimeError) -> str:
+    return f"vmap: {' '.join(str(error).split())[:200]}"
