@@ -9,6 +9,7 @@ from lightning_optcore.compression.mixed_precision import MixedPrecision
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
 from lightning_optcore.compression.structured_pruning import StructuredPruning
+from lightning_optcore.meta.meta_learning import MetaLearning
 from lightning_optcore.nas.differentiable_search import DifferentiableSearch
 from lightning_optcore.nas.sampled_training import SampledTraining
 from lightning_optcore.profiling.performance_profiler import PerformanceProfiler
@@ -22,6 +23,7 @@ __all__ = [
     "LayerwiseAllocation",
     "LowRankFactorization",
     "MagnitudePruning",
+    "MetaLearning",
     "MixedPrecision",
     "PerformanceProfiler",
     "PopulationMember",

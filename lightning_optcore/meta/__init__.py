@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_optcore.meta.adaptation import adapt
     from lightning_optcore.meta.algorithms import anil, fomaml, maml, meta_sgd, protonet, reptile
+    from lightning_optcore.meta.episodes import EpisodicDataModule
     from lightning_optcore.meta.meta_gradient import MetaGradient
+    from lightning_optcore.meta.task_families import LinearSystems, Sinusoids
     from lightning_optcore.meta.tasks import MetaLearningError
 
 _HOME_OF = {
+    "EpisodicDataModule": "episodes",
+    "LinearSystems": "task_families",
     "MetaGradient": "meta_gradient",
     "MetaLearningError": "tasks",
+    "Sinusoids": "task_families",
     "adapt": "adaptation",
     "anil": "algorithms",
     "fomaml": "algorithms",
@@ -27,8 +32,11 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "EpisodicDataModule",
+    "LinearSystems",
     "MetaGradient",
     "MetaLearningError",
+    "Sinusoids",
     "adapt",
     "anil",
     "fomaml",

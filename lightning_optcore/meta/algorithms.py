@@ -7,17 +7,17 @@ https://arxiv.org/abs/1909.09157), Reptile (Nichol et al., 2018, https://arxiv.o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_optcore.meta.functional import LossFunction, Parameters, learned_parameters
 from lightning_optcore.meta.meta_gradient import Backend, MetaGradient
-from lightning_optcore.meta.tasks import MetaLearningError, TaskBatch, Tasks, task_batch
+from lightning_optcore.meta.prototypes import num_classes, prototype_loss, with_support
+from lightning_optcore.meta.tasks import MetaLearningError, Tasks, task_batch
 
 
 def maml(
@@ -52,6 +52,7 @@ def maml(
         MetaLearningError: If the tasks or an argument make no sense.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(1, 1)
         >>> x, y = torch.randn(4, 10, 1), torch.randn(4, 10, 1)
         >>> tasks = ((x[:, :5], y[:, :5]), (x[:, 5:], y[:, 5:]))
@@ -92,18 +93,17 @@ def anil(
     Raises:
         MetaLearningError: If no parameter has such a name.
     """
-    patterns = (head,) if isinstance(head, str) else tuple(head)
-    adapts = in_head(module, patterns)
-    found = MetaGradient(module, loss_fn, adapts=adapts, **options)(tasks)
+    found = MetaGradient(module, loss_fn, adapts=in_head(module, head), **options)(tasks)
     return found.loss, found.gradients
 
 
-def in_head(module: nn.Module, patterns: Sequence[str]) -> Any:
+def in_head(module: nn.Module, head: str | Sequence[str]) -> Callable[[str], bool]:
     """Return what says by its name whether a parameter belongs to a head.
 
     Raises:
         MetaLearningError: If no parameter does.
     """
+    patterns = (head,) if isinstance(head, str) else tuple(head)
     names = [
         name
         for name in learned_parameters(module)
@@ -114,6 +114,14 @@ def in_head(module: nn.Module, patterns: Sequence[str]) -> Any:
             f"head={list(patterns)}: matches none of {', '.join(learned_parameters(module)) or 'no parameters'}"
         )
     return set(names).__contains__
+
+
+def last_layer(module: nn.Module) -> str:
+    """Return the name of the last module, in the order of definition, that has parameters of its own."""
+    names = [name for name, one in module.named_modules() if any(True for _ in one.parameters(recurse=False))]
+    if not names:
+        raise MetaLearningError("head: the module has no parameters")
+    return names[-1]
 
 
 def meta_sgd(
@@ -160,6 +168,7 @@ def reptile(
         options: ``backend`` and ``chunk_size`` as in :func:`maml`.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(1, 1)
         >>> x, y = torch.randn(4, 10, 1), torch.randn(4, 10, 1)
         >>> tasks = ((x[:, :5], y[:, :5]), (x[:, 5:], y[:, 5:]))
@@ -186,6 +195,7 @@ def protonet(module: nn.Module, tasks: Tasks, **options: Any) -> tuple[Tensor, P
         MetaLearningError: If a class of the query set has no sample in the support set.
 
     Example:
+        >>> import torch
         >>> x, labels = torch.randn(3, 4, 5), torch.tensor([[0, 0, 1, 1]] * 3)
         >>> loss, gradients = protonet(nn.Linear(5, 2), ((x, labels), (x, labels)))
         >>> gradients["weight"].shape
@@ -193,51 +203,6 @@ def protonet(module: nn.Module, tasks: Tasks, **options: Any) -> tuple[Tensor, P
     """
     batch = task_batch(tasks)
     classes = num_classes(batch)
-    step = MetaGradient(module, partial(_prototype_loss, classes=classes), num_inner_steps=0, **options)
+    step = MetaGradient(module, partial(prototype_loss, classes=classes), num_inner_steps=0, **options)
     found = step(with_support(batch))
     return found.loss, found.gradients
-
-
-def with_support(batch: TaskBatch) -> TaskBatch:
-    """Return tasks whose query sets are ``(support, query)``: a loss that needs no gradient steps sees both."""
-    if batch.alike:
-        return TaskBatch(batch.supports, (batch.supports, batch.queries), batch.count)
-    return TaskBatch(batch.supports, list(zip(batch.supports, batch.queries, strict=True)), batch.count)
-
-
-def num_classes(batch: TaskBatch) -> int:
-    """Return how many classes the support sets of ``(x, labels)`` have.
-
-    Raises:
-        MetaLearningError: If the sets are not of that form, or a class of a query set has no sample in its support set.
-    """
-    pairs = [batch.pair(i) for i in range(batch.count)]
-    for one in (one for pair in pairs for one in pair):
-        if not (isinstance(one, (tuple, list)) and len(one) == 2 and not one[1].is_floating_point()):
-            raise MetaLearningError("tasks: prototypes need sets of (inputs, labels), with whole numbers as labels")
-    for number, (support, query) in enumerate(pairs):
-        missing = sorted(set(query[1].flatten().tolist()) - set(support[1].flatten().tolist()))
-        if missing:
-            raise MetaLearningError(
-                f"tasks: class {missing[0]} of the query set of task {number} has no sample in the support set"
-            )
-    return 1 + max(int(support[1].max()) for support, _ in pairs)
-
-
-def prototype_logits(module: nn.Module, support: tuple[Tensor, Tensor], inputs: Tensor, classes: int) -> Tensor:
-    """Return the negative squared distances (samples, classes) to the classes' mean embeddings (equation 2).
-
-    A class that the support set lacks is infinitely far away.
-    """
-    images, labels = support
-    member = nn.functional.one_hot(labels, classes)
-    counts = member.sum(0)
-    embedded = module(images)
-    prototypes = member.to(embedded.dtype).T @ embedded / counts.clamp(min=1)[:, None]
-    distances = (module(inputs)[:, None] - prototypes[None]).square().sum(-1)
-    return torch.where(counts > 0, -distances, -torch.inf)
-
-
-def _prototype_loss(module: nn.Module, pair: Any, classes: int) -> Tensor:
-    support, query = pair
-    return nn.functional.cross_entropy(prototype_logits(module, support, query[0], classes), query[1])

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_optcore.meta.functional import LossFunction, Parameters, descend, functional, learned_parameters
-from lightning_optcore.meta.tasks import MetaLearningError, TaskBatch, Tasks, part, stacked, task_batch
+from lightning_optcore.meta.tasks import MetaLearningError, OnePerTask, TaskBatch, Tasks, part, stacked, task_batch
 
 log = logging.getLogger(__name__)
 
@@ -325,7 +325,7 @@ def _joined(parts: Sequence[Any], backend: str) -> Any:
     try:
         return tree_map(Tensor.detach, stacked(parts))
     except (RuntimeError, ValueError):
-        return [tree_map(Tensor.detach, one) for one in parts]
+        return OnePerTask(tree_map(Tensor.detach, one) for one in parts)
 
 
 @contextmanager

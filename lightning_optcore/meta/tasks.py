@@ -18,13 +18,16 @@ class MetaLearningError(ValueError):
     """Tasks that cannot be learned from, or a loss that cannot be; the message says what would be right."""
 
 
+class OnePerTask(list):
+    """Sets of tasks whose shapes differ. A plain list may be one pytree, as loaders make lists of tuples."""
+
+
 @dataclass(frozen=True)
 class TaskBatch:
     """Support and query sets of some tasks.
 
     Args:
-        supports: A pytree with the tasks along the first axis of its tensors; a list, one for each, where their shapes
-            differ.
+        supports: A pytree with the tasks along the first axis of its tensors; or one for each task.
         queries: The same of the query sets.
         count: How many tasks there are.
     """
@@ -36,7 +39,7 @@ class TaskBatch:
     @property
     def alike(self) -> bool:
         """Whether all have the same shapes."""
-        return not isinstance(self.supports, list)
+        return not isinstance(self.supports, OnePerTask)
 
     def pair(self, index: int) -> tuple[Any, Any]:
         """Return the support and the query set of one task."""
@@ -63,7 +66,7 @@ def task_batch(tasks: Tasks) -> TaskBatch:
         _check_sets(supports, queries)
         if len({_form(task) for task in tasks}) == 1:
             return TaskBatch(stacked(supports), stacked(queries), len(tasks))
-        return TaskBatch(supports, queries, len(tasks))
+        return TaskBatch(OnePerTask(supports), OnePerTask(queries), len(tasks))
     support, query = tasks
     sizes = {len(leaf) if leaf.ndim else 0 for leaf in tree_leaves((support, query)) if isinstance(leaf, Tensor)}
     if len(sizes) != 1 or 0 in sizes:
@@ -81,7 +84,7 @@ def stacked(sets: Sequence[Any]) -> Any:
 
 def part(sets: Any, which: int | slice) -> Any:
     """Return one of the sets, or some of them."""
-    if isinstance(sets, list):
+    if isinstance(sets, OnePerTask):
         return sets[which]
     return tree_map(lambda leaf: leaf[which] if isinstance(leaf, Tensor) else leaf, sets)
 
