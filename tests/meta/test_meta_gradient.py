@@ -110,6 +110,20 @@ def test_auto_keeps_one_backend_and_says_why():
 
 
 def test_what_vmap_cannot_do_is_done_by_the_loop():
+    class DependsOnData(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.layer(x) if float(x.sum()) > 0 else self.layer(-x)
+
+    step = MetaGradient(DependsOnData(), squared_error)
+    assert torch.isfinite(step(sinusoids(2)).loss)
+    assert step.chosen == "loop" and "vmap: " in step.reason and "item" in step.reason
+
+
+def test_recurrent_networks_are_differentiated_twice():
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -118,9 +132,12 @@ def test_what_vmap_cannot_do_is_done_by_the_loop():
         def forward(self, x):
             return self.head(self.lstm(x.unsqueeze(-1))[0][:, -1])
 
-    step = MetaGradient(Recurrent(), squared_error)
-    assert torch.isfinite(step(sinusoids(2)).loss)
-    assert step.chosen == "loop" and "lstm" in step.reason
+    module = Recurrent().double()
+    tasks = sinusoids(2, torch.float64)
+    _, expected = by_autograd(module, tasks, 0.1, 2)
+    _, gradients = maml(module, squared_error, tasks, 0.1, 2)
+    for one, other in zip(gradients.values(), expected, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
 
 
 def test_tasks_of_unlike_shapes_are_done_by_the_loop():
@@ -235,3 +252,30 @@ def test_first_order_is_a_flag_of_its_own_name():
         fomaml(module, squared_error, tasks, backend="loop")[1]["0.bias"],
         maml(module, squared_error, tasks, first_order=True, backend="loop")[1]["0.bias"],
     )
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(20, track_running_stats=False), nn.LayerNorm(20), nn.GroupNorm(2, 20)])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_norms_have_the_same_gradient_by_vmap_and_by_the_loop(norm, first_order):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(1, 20), copy.deepcopy(norm), nn.Tanh(), nn.Linear(20, 1)).double()
+    tasks = sinusoids(dtype=torch.float64)
+    one, other = (maml(module, squared_error, tasks, 0.1, 2, first_order, backend)[1] for backend in ("vmap", "loop"))
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-10) for name in one)
+
+
+def test_a_gradient_that_vmap_has_wrong_is_that_of_the_loop(monkeypatch):
+    module, tasks = network(), sinusoids()
+    own = MetaGradient._run
+
+    def wrong(self, backend, *arguments, **options):
+        step = own(self, backend, *arguments, **options)
+        if backend == "vmap":
+            step.gradients["0.weight"].mul_(2)
+        return step
+
+    monkeypatch.setattr(MetaGradient, "_run", wrong)
+    step = MetaGradient(module, squared_error)
+    found = step(tasks)
+    assert step.chosen == "loop" and step.reason.startswith("the gradient by vmap differs from it by")
+    assert torch.equal(found.gradients["0.weight"], maml(module, squared_error, tasks, backend="loop")[1]["0.weight"])

@@ -1,0 +1,433 @@
+"""Meta-learning against higher and TorchOpt: gradients, time of a step, memory, and what is learned; one CPU thread.
+
+    OMP_NUM_THREADS=1 python benchmarks/meta.py gradients|speed|memory|sinusoid
+
+``gradients`` prints the greatest difference of any number of the outer gradient. ``speed`` lets all take turns: read
+the ratios, not the milliseconds; what ``torch.compile`` takes for its first call stands apart. ``memory`` measures each
+alternative in a process of its own, above what the process had before. ``sinusoid`` is the regression of Finn et al.
+(2017): a network of 40-40 is trained for so many seconds of the processor, and adapts to 1,000 tasks that are the same
+for all; the mean squared error is that of 100 other points of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import higher
+import torch
+import torchopt
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_optcore.meta import MetaGradient, Sinusoids
+
+Batch = tuple[Tensor, Tensor]
+Tasks = tuple[Batch, Batch]
+Step = Callable[[nn.Module, Tasks], None]
+PARTS = ("gradients", "speed", "memory", "sinusoid")
+# Shapes of conv4: images of a class in the support set, channels, side of the images.
+SHAPES = ((1, 32, 28), (5, 32, 28), (1, 64, 28))
+
+
+def main() -> None:
+    """Print the table of one part."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=15, help="of the turns of speed")
+    parser.add_argument("--seeds", type=int, default=5, help="of the sinusoid")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=100.0, help="of the processor, for a training")
+    parser.add_argument("--only", nargs="*", help="names of rows of the sinusoid")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if options.measure:
+        print(json.dumps(peak_bytes(options.measure)))
+        return
+    {"gradients": gradients, "speed": speed, "memory": memory, "sinusoid": sinusoid}[options.part](options)
+    print("versions:", ", ".join(f"{name} {version(name)}" for name in ("torch", "higher", "torchopt")))
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The network of the sinusoid."""
+    layers = (nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    return nn.Sequential(*layers).to(dtype)
+
+
+def conv4(channels: int, side: int = 28, n_way: int = 5, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Four blocks of convolution, batch norm of the batch's own statistics, ReLU and pooling (Vinyals et al., 2016)."""
+    layers: list[nn.Module] = []
+    for block in range(4):
+        layers += [
+            nn.Conv2d(1 if block == 0 else channels, channels, 3, padding=1),
+            nn.BatchNorm2d(channels, track_running_stats=False),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * (side // 16) ** 2, n_way)).to(dtype)
+
+
+def squared_error(module: nn.Module, batch: Batch) -> Tensor:
+    """The loss of the sinusoid."""
+    return (module(batch[0]) - batch[1]).square().mean()
+
+
+def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
+    """The loss of images."""
+    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
+def sinusoids(count: int = 25, seed: int = 0, dtype: torch.dtype = torch.float32, **family: int) -> Tasks:
+    """Tasks of Finn et al. (2017)."""
+    support, query = Sinusoids(**family).batch(count, torch.Generator().manual_seed(seed))
+    return tuple(one.to(dtype) for one in support), tuple(one.to(dtype) for one in query)  # type: ignore[return-value]
+
+
+def images(count: int, shots: int, side: int, dtype: torch.dtype = torch.float32, n_way: int = 5) -> Tasks:
+    """Tasks of noise, whose shapes are those of few-shot images; 15 of each class are in the query set."""
+    generator = torch.Generator().manual_seed(0)
+
+    def some(each: int) -> Batch:
+        labels = torch.arange(n_way).repeat_interleave(each).expand(count, -1)
+        return torch.randn(count, n_way * each, 1, side, side, generator=generator).to(dtype), labels
+
+    return some(shots), some(15)
+
+
+def task_of(tasks: Tasks, index: int) -> Tasks:
+    """One of the tasks."""
+    (x, y), (queried, wanted) = tasks
+    return (x[index], y[index]), (queried[index], wanted[index])
+
+
+class Peer:
+    """A library's meta-step: gradients go to ``.grad``, task by task, as its documentation shows."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss_fn: Callable[[nn.Module, Batch], Tensor],
+        *,
+        lr: float,
+        steps: int,
+        first_order: bool = False,
+        head: nn.Module | None = None,
+        rates: list[Tensor] | None = None,
+    ) -> None:
+        self.module, self.loss_fn, self.lr, self.steps = module, loss_fn, lr, steps
+        self.first_order, self.head, self.rates = first_order, head, rates
+
+    def __call__(self, tasks: Tasks) -> None:
+        """Add the mean gradient of the tasks to ``.grad``."""
+        count = len(tasks[0][0])
+        for index in range(count):
+            support, query = task_of(tasks, index)
+            (self.query_loss(support, query) / count).backward()
+
+    def query_loss(self, support: Batch, query: Batch) -> Tensor:
+        """Return the loss after adaptation, with its graph."""
+        raise NotImplementedError
+
+
+class Higher(Peer):
+    """The ``higher`` library (Grefenstette et al., 2019)."""
+
+    def query_loss(self, support: Batch, query: Batch) -> Tensor:
+        """Return the loss after adaptation, with its graph."""
+        adapted = list((self.head or self.module).parameters())
+        groups: Any = adapted if self.rates is None else [{"params": [one]} for one in adapted]
+        override = None if self.rates is None else {"lr": self.rates}
+        optimizer = torch.optim.SGD(groups, lr=self.lr)
+        with higher.innerloop_ctx(
+            self.module, optimizer, copy_initial_weights=False, track_higher_grads=True, override=override
+        ) as (fast, inner):
+            for _ in range(self.steps):
+                if self.first_order:
+                    inner.step(self.loss_fn(fast, support), grad_callback=lambda gs: [_detached(g) for g in gs])
+                else:
+                    inner.step(self.loss_fn(fast, support))
+            return self.loss_fn(fast, query)
+
+
+class TorchOpt(Peer):
+    """``torchopt.MetaSGD``, or a transformation of its own where the rates are learned (Ren et al., 2022)."""
+
+    def query_loss(self, support: Batch, query: Batch) -> Tensor:
+        """Return the loss after adaptation, with its graph."""
+        adapted = self.head or self.module
+        if self.rates is None:
+            optimizer: Any = torchopt.MetaSGD(adapted, lr=self.lr)
+        else:
+            # TorchOpt takes the parameters of a module by the alphabet.
+            listed = dict(zip(dict(adapted.named_parameters()), self.rates, strict=True))
+            order = [f"{owner}.{one}" for owner, m in adapted.named_modules() for one in sorted(m._parameters)]
+            optimizer = torchopt.MetaOptimizer(adapted, _scaled_by([listed[one] for one in order]))
+        start = torchopt.extract_state_dict(adapted, by="reference")
+        try:
+            for _ in range(self.steps):
+                loss = self.loss_fn(self.module, support)
+                optimizer.step(loss) if not self.first_order else _first_order_step(adapted, loss, self.lr)
+            return self.loss_fn(self.module, query)
+        finally:
+            torchopt.recover_state_dict(adapted, start)
+
+
+def _detached(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.detach()
+
+
+def _first_order_step(module: nn.Module, loss: Tensor, lr: float) -> None:
+    """TorchOpt's MetaSGD has no first order: the same update with gradients that are constants."""
+    names = [(owner, name) for owner in module.modules() for name in owner._parameters]
+    values = [getattr(owner, name) for owner, name in names]
+    for (owner, name), value, gradient in zip(names, values, torch.autograd.grad(loss, values), strict=True):
+        owner._parameters[name] = value - lr * gradient
+
+
+def _scaled_by(rates: list[Tensor]) -> Any:
+    from torchopt.base import GradientTransformation
+    from torchopt.utils import pytree
+
+    def update(updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> Any:
+        leaves, structure = pytree.tree_flatten(updates)
+        scaled = [-rate * leaf for rate, leaf in zip(rates, leaves, strict=True)]
+        return pytree.tree_unflatten(structure, scaled), state
+
+    return GradientTransformation(lambda params: (), update)
+
+
+def gradients(options: argparse.Namespace) -> None:
+    """Compare outer gradients."""
+    table = Table(title="greatest difference of the outer gradient")
+    for title in ("network", "algorithm", "type", "higher", "TorchOpt", "greatest gradient"):
+        table.add_column(title)
+    networks = {
+        "MLP 40-40, 5 steps": (mlp, sinusoids, squared_error, "4", 5),
+        "conv4, 2 steps": (
+            lambda dtype: conv4(8, dtype=dtype),
+            lambda **o: images(3, 1, 28, **o),
+            cross_entropy,
+            "17",
+            2,
+        ),
+    }
+    for name, (make, tasks_of, loss_fn, head, steps) in networks.items():
+        for algorithm in ("MAML", "ANIL", "Meta-SGD"):
+            for dtype in (torch.float32, torch.float64):
+                torch.manual_seed(0)
+                module, tasks = make(dtype=dtype), tasks_of(dtype=dtype)
+                rates = {key: 0.005 + 0.01 * torch.rand_like(one) for key, one in module.named_parameters()}
+                adapts = (lambda key, head=head: key.startswith(f"{head}.")) if algorithm == "ANIL" else None
+                step = MetaGradient(module, loss_fn, inner_lr=0.01, num_inner_steps=steps, adapts=adapts)
+                learned = rates if algorithm == "Meta-SGD" else None
+                found = step(tasks, learned)
+                ours = [*found.gradients.values(), *found.rate_gradients.values()]
+                differences = []
+                for peer in (Higher, TorchOpt):
+                    given = None if learned is None else [one.clone().requires_grad_() for one in learned.values()]
+                    module.zero_grad()
+                    part = module.get_submodule(head) if algorithm == "ANIL" else None
+                    peer(module, loss_fn, lr=0.01, steps=steps, head=part, rates=given)(tasks)
+                    theirs = [one.grad for one in (*module.parameters(), *(given or ()))]
+                    differences.append(max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)))
+                greatest = max(float(one.abs().max()) for one in ours)
+                kind = str(dtype).removeprefix("torch.")
+                table.add_row(name, algorithm, kind, *(f"{one:.1e}" for one in differences), f"{greatest:.2g}")
+    Console(width=120).print(table)
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Time a meta-step of each library in turns."""
+    table = Table(title=f"ms of a meta-step, median of {options.rounds} turns (times the fastest peer's)")
+    titles = ("tasks", "order", "here", "here, compiled", "first call", "higher", "TorchOpt", "backend")
+    for title in titles:
+        table.add_column(title)
+    cases: list[tuple[str, nn.Module, Tasks, Any, int, bool]] = [
+        ("sinusoid, 25 tasks, 1 step", mlp(), sinusoids(), squared_error, 1, False),
+        ("sinusoid, 25 tasks, 5 steps", mlp(), sinusoids(), squared_error, 5, False),
+    ]
+    for shots, channels, side in SHAPES:
+        for first_order in (False, True):
+            name = f"conv4 of {channels}, 4 tasks, {shots} shot, 1 step"
+            tasks = images(4, shots, side)
+            cases.append((name, conv4(channels, side), tasks, cross_entropy, 1, first_order))
+    for name, module, tasks, loss_fn, steps, first_order in cases:
+        shared = {"inner_lr": 0.01, "num_inner_steps": steps, "first_order": first_order}
+        here = MetaGradient(module, loss_fn, **shared)
+        alternatives: dict[str, Callable[[], Any]] = {"here": lambda here=here, tasks=tasks: here(tasks)}
+        first_call = "-"
+        if name.startswith("sinusoid"):
+            compiled = MetaGradient(module, loss_fn, backend="vmap", compile=True, **shared)
+            start = time.perf_counter()
+            compiled(tasks)
+            first_call = f"{time.perf_counter() - start:.0f} s"
+            alternatives["here, compiled"] = lambda compiled=compiled, tasks=tasks: compiled(tasks)
+        for label, peer in (("higher", Higher), ("TorchOpt", TorchOpt)):
+            step = peer(module, loss_fn, lr=0.01, steps=steps, first_order=first_order)
+            alternatives[label] = lambda step=step, tasks=tasks: step(tasks)
+        taken = in_turns(alternatives, options.rounds)
+        fastest = min(taken["higher"], taken["TorchOpt"])
+        cells = {label: f"{1e3 * value:.2f} ({fastest / value:.2f}x)" for label, value in taken.items()}
+        cells |= {"first call": first_call, "tasks": name, "order": "1st" if first_order else "2nd"}
+        table.add_row(*(cells.get(title, here.chosen if title == "backend" else "-") for title in titles))
+    Console(width=160).print(table)
+
+
+def in_turns(alternatives: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Return the median seconds of each; all have a turn in every round."""
+    taken: dict[str, list[float]] = {name: [] for name in alternatives}
+    for number in range(rounds + 2):
+        for name, call in alternatives.items():
+            start = time.perf_counter()
+            call()
+            if number >= 2:
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+MEMORY = {
+    "plain loop, backward for each task": None,
+    "here, auto": {},
+    "here, loop": {"backend": "loop"},
+    "here, vmap": {"backend": "vmap"},
+    "here, vmap, chunks of 1": {"backend": "vmap", "chunk_size": 1},
+    "here, vmap, chunks of 4": {"backend": "vmap", "chunk_size": 4},
+}
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Measure the peak memory of MAML with 5 inner steps on 16 tasks."""
+    table = Table(title="MAML, conv4 of 32, 5 steps, 16 tasks of 5-way 1-shot: peak memory of a step")
+    for title in ("", "MB", "times the plain loop"):
+        table.add_column(title)
+    found = {}
+    for name in MEMORY:
+        command = [sys.executable, Path(__file__), "memory", "--measure", name]
+        found[name] = json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    plain = next(iter(found.values()))
+    for name, value in found.items():
+        table.add_row(name, f"{value / 1e6:.0f}", f"{value / plain:.2f}")
+    Console(width=120).print(table)
+
+
+def peak_bytes(name: str) -> int:
+    """Return how much more memory this process had at its peak than before the step."""
+    torch.manual_seed(0)
+    module, tasks, given = conv4(32), images(16, 1, 28), MEMORY[name]
+    # What torch loads for its first step is no matter of the step.
+    few = task_of(tasks, slice(0, 1))  # type: ignore[arg-type]
+    step: Callable[[Tasks], Any]
+    if given is None:
+        step = Plain(module, cross_entropy, lr=0.01, steps=5)
+        step(few)
+    else:
+        step = MetaGradient(module, cross_entropy, num_inner_steps=5, **given)
+        MetaGradient(module, cross_entropy, num_inner_steps=1, backend="loop")(few)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(tasks)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+class Plain(Peer):
+    """MAML by ``torch.autograd`` alone."""
+
+    def query_loss(self, support: Batch, query: Batch) -> Tensor:
+        """Return the loss after adaptation, with its graph."""
+        fast = dict(self.module.named_parameters())
+        call = torch.func.functional_call
+        for _ in range(self.steps):
+            loss = self.loss_fn(lambda x: call(self.module, fast, (x,)), support)  # type: ignore[arg-type] # noqa: B023
+            slopes = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+            fast = {name: one - self.lr * slope for (name, one), slope in zip(fast.items(), slopes, strict=True)}
+        return self.loss_fn(lambda x: call(self.module, fast, (x,)), query)  # type: ignore[arg-type]
+
+
+# By name: shots, options of MetaGradient, and whether the inner rates are learned.
+SINUSOID: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "MAML, 1 step, K=10": (10, {}, False),
+    "MAML, 1 step, K=5": (5, {}, False),
+    "FOMAML, 1 step, K=10": (10, {"first_order": True}, False),
+    "ANIL, 1 step, K=10": (10, {"adapts": lambda name: name.startswith("4.")}, False),
+    "Meta-SGD, 1 step, K=10": (10, {}, True),
+    "Reptile, 5 steps, K=10": (10, {"direction": "displacement", "num_inner_steps": 5}, False),
+}
+JUDGED_AFTER = (0, 1, 5, 10)
+
+
+def sinusoid(options: argparse.Namespace) -> None:
+    """Train each algorithm for so many seconds of the processor, and adapt to the same tasks."""
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    table = Table(title=f"sinusoid: mean squared error of 1,000 tasks after {options.seconds:.0f} s of training")
+    for title in ("", *(f"{steps} steps" for steps in JUDGED_AFTER), "iterations", "seeds"):
+        table.add_column(title)
+    for name, (shots, given, learned) in SINUSOID.items():
+        if options.only and name not in options.only:
+            continue
+        runs = [trained(seed, shots, given, learned, options.seconds) for seed in seeds]
+        cells = [
+            f"{mean:.3f} +- {spread:.3f}" for mean, spread in (_summary(run[0][i] for run in runs) for i in range(4))
+        ]
+        table.add_row(
+            name, *cells, f"{statistics.mean(run[1] for run in runs):.0f}", f"{seeds.start}..{seeds.stop - 1}"
+        )
+        print(name, *cells, flush=True)
+    Console(width=140).print(table)
+
+
+def trained(seed: int, shots: int, given: dict[str, Any], learned: bool, seconds: float) -> tuple[list[float], int]:
+    """Return the errors after adaptation, and how many iterations there were."""
+    torch.manual_seed(seed)
+    module = mlp()
+    rates = {name: torch.full_like(one, 0.01).requires_grad_() for name, one in module.named_parameters()}
+    outer = [*module.parameters(), *(rates.values() if learned else ())]
+    reptile = given.get("direction") == "displacement"
+    optimizer = torch.optim.SGD(outer, lr=1.0) if reptile else torch.optim.Adam(outer, lr=1e-3, foreach=True)
+    peak = optimizer.param_groups[0]["lr"]
+    step = MetaGradient(module, squared_error, backend="vmap", compile=True, **{"inner_lr": 0.01, **given})
+    family, generator = Sinusoids(k_shot=shots, num_query=10), torch.Generator().manual_seed(seed)
+    # What the compiler takes is paid once for a network, and not counted.
+    step(family.batch(25, generator), rates if learned else None)
+    start, iterations = time.process_time(), 0
+    while (done := (time.process_time() - start) / seconds) < 1:
+        found = step(family.batch(25, generator), rates if learned else None)
+        for name, parameter in module.named_parameters():
+            parameter.grad = found.gradients[name]
+        for name, gradient in found.rate_gradients.items():
+            rates[name].grad = gradient
+        # Constant for the first half, then to zero.
+        optimizer.param_groups[0]["lr"] = peak * min(1.0, 2 * (1 - done))
+        optimizer.step()
+        iterations += 1
+    test = sinusoids(1000, seed=10**6, k_shot=shots, num_query=100)
+    return list(_errors(module, given, rates if learned else None, test)), iterations
+
+
+def _errors(module: nn.Module, given: dict[str, Any], rates: dict[str, Tensor] | None, test: Tasks) -> Iterator[float]:
+    adapts = given.get("adapts")
+    for steps in JUDGED_AFTER:
+        judged = MetaGradient(
+            module, squared_error, num_inner_steps=steps, adapts=adapts, backend="vmap", chunk_size=100
+        )
+        yield float(judged(test, rates).loss)
+
+
+def _summary(values: list[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} +- {spread:.3f}"
+
+
+if __name__ == "__main__":
+    main()
