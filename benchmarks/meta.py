@@ -327,15 +327,15 @@ def peak_bytes(name: str) -> int:
     """Return how much more memory this process had at its peak than before the step."""
     torch.manual_seed(0)
     module, tasks, given = conv4(32), images(16, 1, 28), MEMORY[name]
+
+    def step_of(network: nn.Module) -> Callable[[Tasks], Any]:
+        if given is None:
+            return Plain(network, cross_entropy, lr=0.01, steps=5)
+        return MetaGradient(network, cross_entropy, num_inner_steps=5, **given)
+
     # What torch loads for its first step is no matter of the step.
-    few = task_of(tasks, slice(0, 1))  # type: ignore[arg-type]
-    step: Callable[[Tasks], Any]
-    if given is None:
-        step = Plain(module, cross_entropy, lr=0.01, steps=5)
-        step(few)
-    else:
-        step = MetaGradient(module, cross_entropy, num_inner_steps=5, **given)
-        MetaGradient(module, cross_entropy, num_inner_steps=1, backend="loop")(few)
+    step_of(conv4(2))(images(1, 1, 28))
+    step = step_of(module)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step(tasks)
     return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -51,6 +51,23 @@ def learned_parameters(module: nn.Module) -> Parameters:
     return {name: value for name, value in module.named_parameters() if value.requires_grad}
 
 
+Gradient = Callable[[Callable[[Parameters], Tensor], Parameters, bool], Parameters]
+
+
+def by_transform(loss: Callable[[Parameters], Tensor], parameters: Parameters, first_order: bool) -> Parameters:
+    """Return the gradient by ``torch.func``: under ``vmap``, without gradients and in inference mode, too."""
+    gradients: Parameters = torch.func.grad(loss)(parameters)
+    return {name: one.detach() for name, one in gradients.items()} if first_order else gradients
+
+
+def by_autograd(loss: Callable[[Parameters], Tensor], parameters: Parameters, first_order: bool) -> Parameters:
+    """Return the gradient with respect to parameters that require one; of first order it keeps no graph."""
+    found = torch.autograd.grad(
+        loss(parameters), list(parameters.values()), create_graph=not first_order, materialize_grads=True
+    )
+    return dict(zip(parameters, found, strict=True))
+
+
 def descend(
     losses: Sequence[Callable[[Parameters], Tensor]],
     parameters: Parameters,
@@ -58,6 +75,7 @@ def descend(
     num_steps: int,
     *,
     first_order: bool = False,
+    gradient: Gradient = by_transform,
 ) -> Parameters:
     """Take steps of gradient descent, through which gradients flow.
 
@@ -67,15 +85,14 @@ def descend(
         rates: The learning rate; or one for every number of every parameter.
         num_steps: How many steps.
         first_order: Whether the gradients of the steps are constants to what comes after.
+        gradient: How a gradient is computed.
 
     Example:
         >>> descend([lambda p: (p["x"] ** 2).sum()], {"x": torch.tensor([1.0])}, 0.25, 2)
         {'x': tensor([0.2500])}
     """
     for number in range(num_steps):
-        gradients = torch.func.grad(losses[number % len(losses)])(parameters)
-        if first_order:
-            gradients = {name: gradient.detach() for name, gradient in gradients.items()}
+        gradients = gradient(losses[number % len(losses)], parameters, first_order)
         parameters = {
             name: value - (rates if isinstance(rates, (int, float)) else rates[name]) * gradients[name]
             for name, value in parameters.items()

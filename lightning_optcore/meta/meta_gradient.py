@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_optcore.meta.functional import LossFunction, Parameters, descend, functional, learned_parameters
+from lightning_optcore.meta.functional import (
+    Gradient,
+    LossFunction,
+    Parameters,
+    by_autograd,
+    by_transform,
+    descend,
+    functional,
+    learned_parameters,
+)
+from lightning_optcore.meta.outer_gradient import (
+    NormFinder,
+    by_outer_autograd,
+    by_outer_transform,
+    forked_random_numbers,
+)
 from lightning_optcore.meta.tasks import MetaLearningError, OnePerTask, TaskBatch, Tasks, part, stacked, task_batch
 
 log = logging.getLogger(__name__)
@@ -134,6 +150,7 @@ class MetaGradient:
         self._with_aux = functional(module, loss_fn if has_aux else lambda one, batch: (loss_fn(one, batch), ()))
         self._compile = compile
         self._steps: dict[str, Callable[..., Any]] = {}
+        self._has_norms: bool | None = None
 
     def __call__(self, tasks: Tasks, rates: Mapping[str, Tensor] | None = None) -> MetaStep:
         """Return the loss after adaptation and its gradients.
@@ -151,6 +168,8 @@ class MetaGradient:
         given = dict(rates or {})
         if not batch.alike and self.chosen != "loop":
             self._keep("loop", "the shapes of the tasks differ")
+        if self._has_norms is None:
+            self._has_norms = self.chosen != "loop" and self._calls_norms(parameters, buffers, batch)
         if self.chosen is None:
             self._choose(parameters, buffers, given, batch)
         with _errors_named():
@@ -215,23 +234,24 @@ class MetaGradient:
     def _step(self, backend: Literal["vmap", "loop"]) -> Callable[..., Any]:
         """Return what computes a chunk: ((of the parameters, of the rates), (losses, buffers, aux)), the first sums."""
         if backend not in self._steps:
-            step = self._gradients(backend) if self.direction == "gradient" else self._displacements(backend)
+            make = self._gradients if self.direction == "gradient" else self._displacements
+            step = make(backend)
             self._steps[backend] = torch.compile(step, dynamic=False) if self._compile else step
         return self._steps[backend]
 
     def _gradients(self, backend: str) -> Callable[..., Any]:
-        def task(parameters: Parameters, rates: Parameters, buffers: Parameters, support: Any, query: Any) -> Any:
-            found = self._task(parameters, rates, buffers, support, query)
-            return found[0], found
-
-        # Not the gradient of the sum under vmap: through layer and batch norm that is wrong (pytorch/functorch #534).
-        of_task = torch.func.grad(task, argnums=(0, 1), has_aux=True)
+        # A compiler follows the transforms only; autograd keeps no graph of the next order.
+        outer = by_outer_transform if self._compile else by_outer_autograd
         if backend == "loop":
-            return of_task
-        many = torch.vmap(of_task, in_dims=(None, None, None, 0, 0), randomness="different")
+            return outer(self._task if self._compile else partial(self._task, gradient=by_autograd))
+        across: dict[str, Any] = {"in_dims": (None, None, None, 0, 0), "randomness": "different"}
+        if not self._has_norms:
+            return outer(torch.vmap(self._task, **across))
+        # The gradient of the sum would be wrong.
+        of_tasks = torch.vmap(by_outer_transform(self._task), **across)
 
         def total(*arguments: Any) -> Any:
-            gradients, found = many(*arguments)
+            gradients, found = of_tasks(*arguments)
             return tree_map(lambda one: one.sum(0), gradients), found
 
         return total
@@ -253,16 +273,30 @@ class MetaGradient:
         return total
 
     def _task(
-        self, parameters: Parameters, rates: Parameters, buffers: Parameters, support: Any, query: Any
+        self,
+        parameters: Parameters,
+        rates: Parameters,
+        buffers: Parameters,
+        support: Any,
+        query: Any,
+        *,
+        gradient: Gradient = by_transform,
     ) -> tuple[Tensor, Parameters, Any]:
         """Return the loss of one task's query set after adaptation, the buffers that it left, and what else it gave."""
-        fast = self._after(parameters, buffers, rates, [support], first_order=self.first_order)
+        fast = self._after(parameters, buffers, rates, [support], first_order=self.first_order, gradient=gradient)
         after = _own(buffers, query)
         loss, aux = self._with_aux(fast, after, query)
         return loss, after, aux
 
     def _after(
-        self, parameters: Parameters, buffers: Parameters, rates: Parameters, sets: Sequence[Any], *, first_order: bool
+        self,
+        parameters: Parameters,
+        buffers: Parameters,
+        rates: Parameters,
+        sets: Sequence[Any],
+        *,
+        first_order: bool,
+        gradient: Gradient = by_transform,
     ) -> Parameters:
         """Return all parameters after the steps, each of which is on the next of the sets."""
         adapted = {name: value for name, value in parameters.items() if self._adapts(name)}
@@ -273,15 +307,28 @@ class MetaGradient:
             return lambda fast: self._with_aux({**fixed, **fast}, _own(buffers, batch), batch)[0]
 
         losses = [loss_of(batch) for batch in sets]
-        fast = descend(losses, adapted, rates or self.inner_lr, self.num_inner_steps, first_order=first_order)
+        fast = descend(
+            losses,
+            adapted,
+            rates or self.inner_lr,
+            self.num_inner_steps,
+            first_order=first_order,
+            gradient=gradient,
+        )
         return {**fixed, **fast}
+
+    def _calls_norms(self, parameters: Parameters, buffers: Parameters, batch: TaskBatch) -> bool:
+        query = part(batch.queries, 0)
+        with torch.no_grad(), forked_random_numbers(parameters), NormFinder() as finder:
+            self._with_aux(parameters, _own(buffers, query), query)
+        return finder.found
 
     def _choose(self, parameters: Parameters, buffers: Parameters, rates: Parameters, batch: TaskBatch) -> None:
         device = next(iter(parameters.values())).device
         seconds: dict[str, float] = {}
         steps: dict[str, MetaStep] = {}
         # What is drawn while it is timed must not be missed by the training.
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with forked_random_numbers(parameters):
             before = torch.get_rng_state()
             for backend in ("vmap", "loop"):
                 try:
