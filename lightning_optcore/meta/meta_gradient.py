@@ -30,7 +30,7 @@ from lightning_optcore.meta.functional import (
     learned_parameters,
 )
 from lightning_optcore.meta.outer_gradient import (
-    NormFinder,
+    CallRecorder,
     by_outer_autograd,
     by_outer_transform,
     forked_random_numbers,
@@ -168,8 +168,8 @@ class MetaGradient:
         given = dict(rates or {})
         if not batch.alike and self.chosen != "loop":
             self._keep("loop", "the shapes of the tasks differ")
-        if self._has_norms is None:
-            self._has_norms = self.chosen != "loop" and self._calls_norms(parameters, buffers, batch)
+        if self._has_norms is None and self.chosen != "loop":
+            self._look(parameters, buffers, batch)
         if self.chosen is None:
             self._choose(parameters, buffers, given, batch)
         with _errors_named():
@@ -317,11 +317,15 @@ class MetaGradient:
         )
         return {**fixed, **fast}
 
-    def _calls_norms(self, parameters: Parameters, buffers: Parameters, batch: TaskBatch) -> bool:
+    def _look(self, parameters: Parameters, buffers: Parameters, batch: TaskBatch) -> None:
+        """Find out what the loss computes."""
         query = part(batch.queries, 0)
-        with torch.no_grad(), forked_random_numbers(parameters), NormFinder() as finder:
+        with torch.no_grad(), forked_random_numbers(parameters), CallRecorder() as called:
             self._with_aux(parameters, _own(buffers, query), query)
-        return finder.found
+        self._has_norms = called.norms
+        on_cpu = next(iter(parameters.values())).device.type == "cpu"
+        if self.chosen is None and called.convolutions and on_cpu:
+            self._keep("loop", "convolutions by vmap take many times the memory on a CPU")
 
     def _choose(self, parameters: Parameters, buffers: Parameters, rates: Parameters, batch: TaskBatch) -> None:
         device = next(iter(parameters.values())).device

@@ -20,15 +20,28 @@ from lightning_optcore.meta.functional import Parameters
 _NORMS = ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
 
 
-class NormFinder(TorchFunctionMode):
-    """Notices whether normalisation is computed: what the gradient of a sum over ``vmap`` has wrong, as the batching
-    rules of its backward are (pytorch/functorch #534; seen in torch 2.13)."""
+class CallRecorder(TorchFunctionMode):
+    """Notes the names of the functions of torch that are called."""
 
-    found = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= getattr(func, "__name__", "").endswith(_NORMS)
+        self.names.add(getattr(func, "__name__", ""))
         return func(*args, **(kwargs or {}))
+
+    @property
+    def norms(self) -> bool:
+        """Whether there are norms: the gradient of a sum over ``vmap`` is wrong through layer and batch norm, as the
+        batching rules of their backward are (pytorch/functorch #534; seen in torch 2.13)."""
+        return any(name.endswith(_NORMS) for name in self.names)
+
+    @property
+    def convolutions(self) -> bool:
+        """Whether there are convolutions: with weights of each task they are grouped ones, which on a CPU take tens of
+        times the memory and no less time."""
+        return any(name.startswith("conv") for name in self.names)
 
 
 def by_outer_transform(function: Callable[..., Any]) -> Callable[..., Any]:
