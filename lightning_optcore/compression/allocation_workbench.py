@@ -22,6 +22,7 @@ from lightning_optcore.compression.allocation_options import (
     narrowed,
 )
 from lightning_optcore.compression.allocation_solver import AllocationError, AllocationProblem, Solver
+from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.channel_groups import ChannelGroups, Ranking, find_channel_groups
 from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.layer_latency import LayerLatency, layer_shapes
@@ -255,7 +256,7 @@ class Workbench:
         module = detached_copy(self.module)
         removed = {layer.group: self.rankings[layer.group].order[: layer.group_units - units]}
         narrowed(module, self.samples, removed, self.groups)
-        with torch.no_grad():
+        with fused_attention_off(), torch.no_grad():
             return relative_error(self.expected, self.probe.call(module))
 
     def _harm_of_ranks(self, layer: Layer, option: Option) -> float:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.onnx_model import OnnxModel, Signature, TensorSpec
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
 
@@ -246,13 +247,12 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _export_settings() -> Iterator[None]:
     """Export what has a counterpart in ONNX, and keep the exporters' progress and notes out of the log."""
     disabled = logging.root.manager.disable
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     logging.disable(logging.CRITICAL)
-    # The fused kernel of nn.TransformerEncoderLayer has no counterpart in ONNX.
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # torch.export prints the whole graph to stderr where it meets what it cannot trace.
+        # The fused kernel of nn.TransformerEncoderLayer has no counterpart in ONNX; torch.export prints the whole graph
+        # to stderr where it meets what it cannot trace.
         with (
+            fused_attention_off(),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
@@ -260,7 +260,6 @@ def _export_settings() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         logging.disable(disabled)
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from nets import ALL
+from nets import ALL, PADDED, MaskedEncoder
 from torch import nn
 
 from lightning_optcore import load_from_checkpoint
@@ -19,7 +19,7 @@ from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.mixed_precision import faster_precisions, lower
 from lightning_optcore.compression.speed_check import SpeedCheck
 from lightning_optcore.data import Digits
-from lightning_optcore.models import CNN, MLP
+from lightning_optcore.models import CNN, MLP, Classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -191,6 +191,20 @@ def test_unasked_from_the_first_step(make_trainer):
     seen = Seen().watch(model.net)
     make_trainer(MixedPrecision(measured_steps=0, inference=False)).fit(model, Digits())
     assert all(seen.autocast)
+
+
+def test_validation_of_a_transformer_that_is_told_of_padding(make_trainer):
+    """Where autocast on a CPU meets the fused kernel of PyTorch, that fails."""
+
+    class Padded(Classifier):
+        def forward(self, x):
+            return self.network(PADDED[torch.arange(len(x)) % 4])
+
+    net = MaskedEncoder()
+    net.head = nn.Linear(32, 10)
+    precision = MixedPrecision(measured_steps=0, inference=False)
+    make_trainer(precision, max_epochs=1, limit_train_batches=2).fit(Padded(net), Digits())
+    assert precision.decisions["training"] == "bf16, not measured (measured_steps=0)"
 
 
 @pytest.mark.parametrize("mode", ["cast", "autocast"])
