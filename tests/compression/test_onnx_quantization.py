@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,21 @@ def test_linear_layers_on_matrices_have_a_four_bit_form_too():
     assert operators(result.model).count("MatMulNBits") == 2
     assert result.model.num_parameters == pytest.approx(64 * 128 + 128 * 32 + 160, rel=0.05)
     assert cosine_similarity(net(x), result.model(x)) > 0.98
+
+
+def test_the_root_logger_stays_as_it_was():
+    """Importing ONNX Runtime's 4-bit quantizer configures logging; it is imported anew in a process of its own."""
+    code = """
+import logging, torch
+from lightning_optcore.compression.export import export_onnx
+from lightning_optcore.compression.onnx_weight_only import with_int4_weights
+with_int4_weights(export_onnx(torch.nn.Linear(64, 32), torch.randn(8, 64), tracing_first=True))
+import onnxruntime.quantization.matmul_nbits_quantizer
+print(logging.getLogger().handlers, logging.getLogger().level == logging.WARNING)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[-2] == "[] True", run.stdout
+    assert "matmul_nbits_quantizer" not in run.stderr
 
 
 def test_layers_can_stay_in_fp32_in_every_width():
