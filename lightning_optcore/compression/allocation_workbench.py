@@ -103,7 +103,12 @@ class Workbench:
         offered = {name: _ranks(spectrum, ranks) for name, spectrum in self.spectra.items()}
         self.layers = find_layers(self.module, self.graph, self.scheme, self.groups, widths, offered)
         if not self.layers:
-            raise AllocationError("no layer has a form to choose: no convolution, linear or embedding layer was found")
+            remedy = (
+                "take scheme=static, which rounds convolutions"
+                if forms_of(self.graph, "static")
+                else "the model has no convolution, linear or embedding layer"
+            )
+            raise AllocationError(f"scheme={self.scheme!r}: no layer has a form to choose; {remedy}")
         self.harms: dict[str, dict[Option, float]] = {}
         self.bytes: dict[str, dict[Option, float]] = {}
         self.latencies: dict[str, dict[Option, float]] = {}

@@ -10,12 +10,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nets import TOKENS, Encoder
+from onnx import numpy_helper
 from torch import nn
 
 from lightning_optcore import load_artifact
 from lightning_optcore.callbacks import PostTrainingQuantization
 from lightning_optcore.compression.export import export_onnx
-from lightning_optcore.compression.onnx_embeddings import embedding_nodes, with_int4_embeddings
+from lightning_optcore.compression.onnx_embeddings import embedding_nodes, with_int4_embeddings, with_int8_embeddings
 from lightning_optcore.compression.onnx_quantization import cosine_similarity, prepared
 from lightning_optcore.compression.onnx_smoothing import smoothed
 from lightning_optcore.compression.quantization import post_training_quantize
@@ -54,6 +55,14 @@ def test_large_tables_are_stored_in_four_bits():
     saved = 1000 * 64 * (4 - 0.5) - 1000 * 4
     assert whole.size_bytes - small.size_bytes == pytest.approx(saved, rel=0.01)
     assert cosine_similarity(net(**INPUTS), small(**INPUTS)) > 0.99
+
+
+def test_tables_in_eight_bits_leave_none_in_floating_point():
+    exported = export_onnx(nn.Embedding(30, 8), torch.arange(12).reshape(4, 3), tracing_first=True)
+    rounded = with_int8_embeddings(exported)
+    kinds = {tensor.name: numpy_helper.to_array(tensor).dtype for tensor in rounded.proto.graph.initializer}
+    assert sorted(str(kind) for kind in kinds.values()) == ["float32", "int8"], kinds
+    assert rounded.size_bytes < 0.8 * exported.size_bytes
 
 
 def test_the_scale_of_a_block_is_better_than_that_of_its_largest_value():
