@@ -190,9 +190,7 @@ def _within_budgets(
     for name, limit in budgets.items():
         least = bench.smallest(name, solve)
         if least > limit:
-            raise AllocationError(
-                f"{_KEYS[name]}={limit:g}: below the smallest possible, which is {least:.6g}"
-            )
+            raise AllocationError(f"{_KEYS[name]}={limit:g}: below the smallest possible, which is {least:.6g}")
     off = dict.fromkeys(budgets, 0.0)
     found: list[Made] = []
     for _ in range(_CORRECTIONS):
@@ -209,9 +207,7 @@ def _within_budgets(
     if not kept:
         asked = ", ".join(f"{_KEYS[name]}={limit:g}" for name, limit in budgets.items())
         nearest = min(found, key=lambda one: max(one.realised[name] / budgets[name] for name in budgets))
-        raise AllocationError(
-            f"{asked}: the nearest that was made has {nearest.realised}; give a greater budget"
-        )
+        raise AllocationError(f"{asked}: the nearest that was made has {nearest.realised}; give a greater budget")
     best = min(kept, key=lambda one: -quality(one.model) if quality is not None else one.realised["harm"])
     return _allocation(bench, best, uniform, off)
 

@@ -378,8 +378,11 @@ class MixedPrecision(Callback):
             quality = validation.of_replacement(name, way.module).metrics
             metric = guarded_metric(trainer, self.monitor, parameters.quality_before, quality)
             if self.max_quality_drop is not None and metric is None:
-                measured += f"; {way.mode}: monitor={self.monitor!r} was never logged in validation"
-                continue
+                logged = f"expected one of {sorted(quality)}" if quality else "validation logs nothing"
+                missing = f"monitor={self.monitor!r} was never logged in validation: {logged}"
+                rank_zero_warn(f"{STEP}.{missing}; inference stays in full precision")
+                measured += f"; {missing}"
+                break
             drop = quality_drop(metric, self.mode, parameters.quality_before, quality) if metric is not None else 0.0
             if self.max_quality_drop is not None and drop > self.max_quality_drop:
                 measured += f"; {way.mode}: {metric} dropped by {drop:.4g}, more than {self.max_quality_drop}"

@@ -25,6 +25,7 @@ from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.layer_latency import LayerLatency
 from lightning_optcore.compression.low_rank import factorize
 from lightning_optcore.compression.low_rank_layers import Basis, LowRank, factored
+from lightning_optcore.compression.quantization_aware_training import prepare_quantization_aware
 from lightning_optcore.compression.training_state import replace_parameter
 from lightning_optcore.data import Digits
 from lightning_optcore.models import CNN, MLP
@@ -291,6 +292,8 @@ def test_the_artifact_of_a_factored_model_is_smaller(make_trainer):
         ({"target_params": 0}, r"target_params=0: expected a share"),
         ({"energy": 0.9, "target_params": 0.5}, r"give one of them"),
         ({"energy": 0.9, "start_epoch": -1}, r"start_epoch=-1"),
+        ({"energy": 0.9, "start_epoch": "2"}, r"start_epoch='2': expected a number of at least 0"),
+        ({"energy": 0.9, "start_epoch": float("nan")}, r"start_epoch=nan: expected a number"),
         ({"energy": 0.9, "samples": 0}, r"samples=0: expected a whole number"),
     ],
 )
@@ -308,6 +311,13 @@ def test_an_unreachable_target_names_the_floor(make_trainer):
     callback = LowRankFactorization(target_params=0.01, faster=False)
     with pytest.raises(MisconfigurationException, match=r"target_params=0.01 cannot be reached: at least 0\.\d+"):
         make_trainer(callback).fit(MLP(width=64), Digits())
+
+
+def test_layers_that_are_rounded_already_are_named_with_the_remedy():
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
+    prepare_quantization_aware(net)
+    with pytest.raises(MisconfigurationException, match="keep 0, 2 whole; factor before quantization_aware_training"):
+        factorize(net, [torch.randn(16, 64)], target_params=0.5)
 
 
 def test_a_layer_name_that_matches_nothing_is_named(make_trainer):

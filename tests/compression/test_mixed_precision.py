@@ -245,7 +245,8 @@ def test_a_loss_of_quality_beyond_the_limit_is_refused(make_trainer, clock, monk
     assert callback.decisions["inference"].startswith("full precision")
     assert next(model.parameters()).dtype is torch.float32
     missing = MixedPrecision(training=False, max_quality_drop=0.01, monitor="val/nothing")
-    make_trainer(missing).fit(CNN(width=8, depth=1), Digits())
+    with pytest.warns(UserWarning, match=r"mixed_precision.monitor='val/nothing' was never logged .*'val/acc'"):
+        make_trainer(missing).fit(CNN(width=8, depth=1), Digits())
     assert "monitor='val/nothing' was never logged" in missing.decisions["inference"]
 
 

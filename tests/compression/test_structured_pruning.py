@@ -397,6 +397,7 @@ def test_two_ranks_prune_the_same_and_resume(tmp_path):
         ({"target_params": 1.5}, r"target_params=1.5"),
         ({"target_flops": 0.5, "criterion": "l1"}, r"criterion='l1': expected one of reconstruction, taylor"),
         ({"target_flops": 0.5, "start_epoch": -1}, r"start_epoch=-1"),
+        ({"target_flops": 0.5, "end_epoch": "4"}, r"end_epoch='4': expected a number of at least 0"),
         ({"target_flops": 0.5, "start_epoch": 2, "end_epoch": 1}, r"end_epoch=1: expected at least start_epoch=2"),
     ],
 )
