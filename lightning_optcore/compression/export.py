@@ -227,9 +227,18 @@ def _check(module: nn.Module, model: OnnxModel, inputs: Inputs) -> None:
             scale = float(np.abs(first[np.isfinite(first)]).max(initial=1.0))
             if first.shape != second.shape or not np.allclose(first, second, rtol=1e-3, atol=1e-3 * scale):
                 raise ExportError(
-                    f"the graph's output differs from the module's at batch size {size} "
-                    "(is there a random number or a fixed batch size in forward?)"
+                    f"the graph's output differs from the module's at batch size {size} ({_suspect(module)})"
                 )
+
+
+def _suspect(module: nn.Module) -> str:
+    encoders = [child for child in module.modules() if isinstance(child, nn.TransformerEncoder)]
+    if any(encoder.use_nested_tensor for encoder in encoders):
+        return (
+            "nn.TransformerEncoder sets what it returns for padding to 0, in evaluation alone: leave padding out "
+            "afterwards, or make it with enable_nested_tensor=False"
+        )
+    return "is there a random number or a fixed batch size in forward?"
 
 
 @contextmanager

@@ -159,6 +159,17 @@ def test_checkpoints_from_before_and_after_the_start_load_everywhere(make_traine
     trainer.test(model, Digits(), ckpt_path="best", verbose=False)
 
 
+def test_a_checkpoint_of_another_model_is_named(make_trainer, tmp_path):
+    trainer = make_trainer(quick(), max_epochs=1)
+    trainer.fit(CNN(width=8, depth=1), Digits())
+    trainer.save_checkpoint(tmp_path / "cnn.ckpt")
+    reason = r"recipe \(quantization_aware_training\) does not fit MLP: .*; give a checkpoint of this model"
+    with pytest.raises(MisconfigurationException, match=reason):
+        make_trainer(quick(), max_epochs=2).fit(MLP(width=8), Digits(), ckpt_path=tmp_path / "cnn.ckpt")
+    with pytest.raises(MisconfigurationException, match=f"cnn.ckpt: does not fit MLP: .*{reason}"):
+        load_from_checkpoint(MLP, tmp_path / "cnn.ckpt")
+
+
 def test_what_is_saved_after_the_fit_loads(make_trainer, tmp_path):
     model, data = MLP(width=16), Digits()
     trainer = make_trainer(quick("int4_weight_only", start_epoch=1), max_epochs=2)
