@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_NESTED = "_pruned_heads_nested_tensor"
+_NESTED = "_optcore_nested_tensor"
 
 
 @contextmanager
@@ -30,6 +30,27 @@ def fused_attention_off() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def forbid_nested_tensors(encoder: Any, reason: str) -> None:
+    """Let an ``nn.TransformerEncoder`` pack no padded inputs into nested tensors: only its fused kernel takes them."""
+    before, reasons = encoder.__dict__.setdefault(_NESTED, (encoder.use_nested_tensor, ()))
+    encoder.__dict__[_NESTED] = (before, (*(one for one in reasons if one != reason), reason))
+    encoder.use_nested_tensor = False
+
+
+def allow_nested_tensors(module: nn.Module, reason: str) -> None:
+    """Undo :func:`forbid_nested_tensors` in all submodules, where no other reason is left."""
+    for child in module.modules():
+        before, reasons = child.__dict__.get(_NESTED, (False, ()))
+        if reason not in reasons:
+            continue
+        left = tuple(one for one in reasons if one != reason)
+        child.__dict__[_NESTED] = (before, left)
+        if not left:
+            encoder: Any = child
+            encoder.use_nested_tensor = before
+            del child.__dict__[_NESTED]
 
 
 class HeadPrunedAttention(nn.MultiheadAttention):
@@ -125,9 +146,8 @@ def allow_missing_heads(module: nn.Module, name: str) -> None:
     while above:
         above = above.rpartition(".")[0]
         encoder: Any = module.get_submodule(above)
-        if isinstance(encoder, nn.TransformerEncoder) and _NESTED not in encoder.__dict__:
-            # Only the fused kernel takes nested tensors.
-            encoder.__dict__[_NESTED], encoder.use_nested_tensor = encoder.use_nested_tensor, False
+        if isinstance(encoder, nn.TransformerEncoder):
+            forbid_nested_tensors(encoder, "heads")
 
 
 def allow_all_heads(module: nn.Module) -> None:
@@ -137,5 +157,4 @@ def allow_all_heads(module: nn.Module) -> None:
         if isinstance(child, HeadPrunedAttention):
             restored.__class__ = nn.MultiheadAttention
             restored._qkv_same_embed_dim = True
-        if _NESTED in child.__dict__:
-            restored.use_nested_tensor = child.__dict__.pop(_NESTED)
+    allow_nested_tensors(module, "heads")

@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_optcore.compression._compat import allow_instantiator
-from lightning_optcore.compression.attention import allow_all_heads
+from lightning_optcore.compression.attention import allow_all_heads, allow_nested_tensors
 from lightning_optcore.compression.execution import run_plainly
 from lightning_optcore.compression.fake_quantization import remove_fake_quantization
 from lightning_optcore.compression.structure import Structure, resize
@@ -172,6 +172,7 @@ def _bring_to(module: nn.Module, ledger: Ledger, recipe: Recipe) -> None:
     """Give a module the shape of a recipe, whatever its present one."""
     run_plainly(module)
     ledger.restore(module)
+    allow_nested_tensors(module, "thin layers")
     allow_all_heads(module)
     remove_fake_quantization(module)
     resize(module, ledger.original)
