@@ -30,9 +30,10 @@ from lightning_optcore.compression.artifact_making import (
 )
 from lightning_optcore.compression.artifact_making import Made as MadeArtifact
 from lightning_optcore.compression.checkpoints import recipe_of
+from lightning_optcore.compression.onnx_layerwise import forms_of
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import Scheme
-from lightning_optcore.compression.quantization import SCHEMES, quantization_candidates
+from lightning_optcore.compression.quantization import SCHEMES, QuantizedModel, quantization_candidates
 from lightning_optcore.compression.user_validation import quality_drop
 from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.measurement.inputs import Inputs
@@ -46,6 +47,9 @@ RANKS = (0.5, 0.25)
 # Between the least and the greatest harm, so many bounds are tried when a quality is asked for.
 _HALVINGS = 8
 _CORRECTIONS = 3
+
+# Keys of the budgets, by what they limit.
+_KEYS = {"size_bytes": "budget_bytes", "latency_ms": "budget_latency_ms"}
 
 # Higher is better.
 Quality = Callable[[OnnxModel], float]
@@ -152,9 +156,10 @@ def allocate(
     }
     batches = [Inputs.of(batch) for batch in calibration_inputs]
     copied = detached_copy(module).eval()
-    # The best uniform model says how activations get their ranges.
-    leading = quantization_candidates(copied, calibration_inputs, scheme=scheme, reduce_range=reduce_range)[0]
-    concrete: Scheme = "static" if leading.parameters.scheme == "static" else "dynamic"
+    # The best uniform model, of those that round anything, says how activations get their ranges.
+    candidates = quantization_candidates(copied, calibration_inputs, scheme=scheme, reduce_range=reduce_range)
+    leading = next((one for one in candidates if forms_of(one.prepared, _ranges_of(one))), candidates[0])
+    concrete = _ranges_of(leading)
     timed = "latency_ms" in budgets
     bench = Workbench(copied, leading.prepared, concrete, batches, widths, ranks, reduce_range, timed)
     bench.measure(HarmCache(cache))
@@ -174,6 +179,10 @@ def allocate(
     return chosen
 
 
+def _ranges_of(candidate: QuantizedModel) -> Scheme:
+    return "static" if candidate.parameters.scheme == "static" else "dynamic"
+
+
 def _within_budgets(
     bench: Workbench, budgets: Mapping[str, float], solve: Solver, quality: Quality | None
 ) -> Allocation:
@@ -181,10 +190,7 @@ def _within_budgets(
     for name, limit in budgets.items():
         least = bench.smallest(name, solve)
         if least > limit:
-            raise AllocationError(
-                f"budget_{'bytes' if name == 'size_bytes' else name}={limit:g}: below the smallest possible, which is "
-                f"{least:.6g}"
-            )
+            raise AllocationError(f"{_KEYS[name]}={limit:g}: below the smallest possible, which is {least:.6g}")
     off = dict.fromkeys(budgets, 0.0)
     found: list[Made] = []
     for _ in range(_CORRECTIONS):
@@ -199,10 +205,9 @@ def _within_budgets(
     uniform = {form: bench.made(bench.uniform(form)) for form in ("fp32", "int8", "int4")}
     kept = [one for one in [*found, *uniform.values()] if all(one.realised[name] <= budgets[name] for name in budgets)]
     if not kept:
+        asked = ", ".join(f"{_KEYS[name]}={limit:g}" for name, limit in budgets.items())
         nearest = min(found, key=lambda one: max(one.realised[name] / budgets[name] for name in budgets))
-        raise AllocationError(
-            f"budgets {dict(budgets)}: the nearest that was made has {nearest.realised}; give a greater budget"
-        )
+        raise AllocationError(f"{asked}: the nearest that was made has {nearest.realised}; give a greater budget")
     best = min(kept, key=lambda one: -quality(one.model) if quality is not None else one.realised["harm"])
     return _allocation(bench, best, uniform, off)
 
@@ -273,15 +278,19 @@ def _check_arguments(
     ranks: Sequence[float],
 ) -> None:
     for name, value in (("budget_bytes", budget_bytes), ("budget_latency_ms", budget_latency_ms)):
-        if value is not None and not value > 0:
+        if value is not None and not (_is_number(value) and 0 < value < float("inf")):
             raise MisconfigurationException(f"{STEP}.{name}={value!r}: expected a positive number, or null")
-    if max_quality_drop is not None and not max_quality_drop >= 0:
+    if max_quality_drop is not None and not (_is_number(max_quality_drop) and max_quality_drop >= 0):
         raise MisconfigurationException(f"{STEP}.max_quality_drop={max_quality_drop!r}: expected at least 0, or null")
     if scheme not in SCHEMES:
         raise MisconfigurationException(f"{STEP}.scheme={scheme!r}: expected one of {', '.join(SCHEMES)}")
     for key, fractions in (("widths", widths), ("ranks", ranks)):
-        if any(not 0 < fraction < 1 for fraction in fractions):
+        if any(not (_is_number(fraction) and 0 < fraction < 1) for fraction in fractions):
             raise MisconfigurationException(f"{STEP}.{key}={list(fractions)}: expected fractions between 0 and 1")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class LayerwiseAllocation(ArtifactCallback):

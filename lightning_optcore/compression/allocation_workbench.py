@@ -22,6 +22,7 @@ from lightning_optcore.compression.allocation_options import (
     narrowed,
 )
 from lightning_optcore.compression.allocation_solver import AllocationError, AllocationProblem, Solver
+from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.channel_groups import ChannelGroups, Ranking, find_channel_groups
 from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.layer_latency import LayerLatency, layer_shapes
@@ -102,7 +103,12 @@ class Workbench:
         offered = {name: _ranks(spectrum, ranks) for name, spectrum in self.spectra.items()}
         self.layers = find_layers(self.module, self.graph, self.scheme, self.groups, widths, offered)
         if not self.layers:
-            raise AllocationError("no layer has a form to choose: no convolution, linear or embedding layer was found")
+            remedy = (
+                "take scheme=static, which rounds convolutions"
+                if forms_of(self.graph, "static")
+                else "the model has no convolution, linear or embedding layer"
+            )
+            raise AllocationError(f"scheme={self.scheme!r}: no layer has a form to choose; {remedy}")
         self.harms: dict[str, dict[Option, float]] = {}
         self.bytes: dict[str, dict[Option, float]] = {}
         self.latencies: dict[str, dict[Option, float]] = {}
@@ -255,7 +261,7 @@ class Workbench:
         module = detached_copy(self.module)
         removed = {layer.group: self.rankings[layer.group].order[: layer.group_units - units]}
         narrowed(module, self.samples, removed, self.groups)
-        with torch.no_grad():
+        with fused_attention_off(), torch.no_grad():
             return relative_error(self.expected, self.probe.call(module))
 
     def _harm_of_ranks(self, layer: Layer, option: Option) -> float:

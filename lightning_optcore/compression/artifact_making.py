@@ -279,7 +279,8 @@ def require_small_weights(step: str, model: OnnxModel) -> None:
             "ONNX Runtime quantized nothing: the network has no convolution, linear or LSTM layer that it takes"
         )
     if small < 0.5 * whole:
-        rank_zero_warn(f"{step}: {whole - small:,} of {whole:,} bytes of weights are of layers that have no int8 form")
+        large = whole - small
+        rank_zero_warn(f"{step}: {large:,} of {whole:,} bytes of weights are of layers that have no form in few bits")
 
 
 def check_openvino(step: str) -> None:

@@ -2,10 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_NESTED = "_optcore_nested_tensor"
+
+
+@contextmanager
+def fused_attention_off() -> Iterator[None]:
+    """Let ``nn.TransformerEncoder`` compute layer by layer inside the context, in evaluation as in training.
+
+    Its fused kernel calls no layer, and packs padded inputs into nested tensors, which neither hooks nor exporters
+    nor autocast on a CPU can take.
+
+    Example:
+        >>> with fused_attention_off():
+        ...     torch.backends.mha.get_fastpath_enabled()
+        False
+    """
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def forbid_nested_tensors(encoder: Any, reason: str) -> None:
+    """Let an ``nn.TransformerEncoder`` pack no padded inputs into nested tensors: only its fused kernel takes them."""
+    before, reasons = encoder.__dict__.setdefault(_NESTED, (encoder.use_nested_tensor, ()))
+    encoder.__dict__[_NESTED] = (before, (*(one for one in reasons if one != reason), reason))
+    encoder.use_nested_tensor = False
+
+
+def allow_nested_tensors(module: nn.Module, reason: str) -> None:
+    """Undo :func:`forbid_nested_tensors` in all submodules, where no other reason is left."""
+    for child in module.modules():
+        before, reasons = child.__dict__.get(_NESTED, (False, ()))
+        if reason not in reasons:
+            continue
+        left = tuple(one for one in reasons if one != reason)
+        child.__dict__[_NESTED] = (before, left)
+        if not left:
+            encoder: Any = child
+            encoder.use_nested_tensor = before
+            del child.__dict__[_NESTED]
 
 
 class HeadPrunedAttention(nn.MultiheadAttention):
@@ -89,17 +134,27 @@ def can_miss_heads(module: nn.MultiheadAttention) -> bool:
     return bool(module._qkv_same_embed_dim) and module.bias_k is None and not module.add_zero_attn
 
 
-def allow_missing_heads(module: Any) -> None:
-    """Make an attention module, in place, take the size of its heads from its weights."""
-    if not isinstance(module, HeadPrunedAttention):
-        module.__class__ = HeadPrunedAttention
-        # The fused kernel of nn.TransformerEncoderLayer would assume all heads; it asks this flag.
-        module._qkv_same_embed_dim = False
+def allow_missing_heads(module: nn.Module, name: str) -> None:
+    """Make the attention module ``name``, in place, take the size of its heads from its weights."""
+    attention: Any = module.get_submodule(name)
+    if isinstance(attention, HeadPrunedAttention):
+        return
+    attention.__class__ = HeadPrunedAttention
+    # The fused kernel of nn.TransformerEncoderLayer would assume all heads; it asks this flag.
+    attention._qkv_same_embed_dim = False
+    above = name
+    while above:
+        above = above.rpartition(".")[0]
+        encoder: Any = module.get_submodule(above)
+        if isinstance(encoder, nn.TransformerEncoder):
+            forbid_nested_tensors(encoder, "heads")
 
 
-def allow_all_heads(module: Any) -> None:
-    """Undo :func:`allow_missing_heads`."""
-    if isinstance(module, HeadPrunedAttention):
-        restored: Any = module
-        restored.__class__ = nn.MultiheadAttention
-        restored._qkv_same_embed_dim = True
+def allow_all_heads(module: nn.Module) -> None:
+    """Undo :func:`allow_missing_heads` in all submodules."""
+    for child in module.modules():
+        restored: Any = child
+        if isinstance(child, HeadPrunedAttention):
+            restored.__class__ = nn.MultiheadAttention
+            restored._qkv_same_embed_dim = True
+    allow_nested_tensors(module, "heads")

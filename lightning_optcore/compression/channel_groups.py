@@ -22,6 +22,7 @@ from lightning_optcore.compression.attention import (
     HeadPrunedAttention,
     allow_missing_heads,
     can_miss_heads,
+    fused_attention_off,
 )
 from lightning_optcore.compression.structure import Structure, named_tensors, set_sizes
 from lightning_optcore.measurement.forward_calls import detached_copy
@@ -186,7 +187,7 @@ def apply_cut(module: nn.Module, cut: Cut) -> None:
         if gradient is not None:
             tensor.grad = taken(gradient, source)
     for name in cut.attention:
-        allow_missing_heads(module.get_submodule(name))
+        allow_missing_heads(module, name)
     set_sizes(module, cut.change.sizes)
 
 
@@ -436,7 +437,7 @@ def _drop_what_breaks(module: nn.Module, inputs: Inputs, found: ChannelGroups) -
 
 def _shapes(module: nn.Module, inputs: Inputs) -> list[torch.Size]:
     twin = _copy(module)
-    with torch.no_grad():
+    with fused_attention_off(), torch.no_grad():
         return [tensor.shape for tensor in _outputs(inputs.to("cpu").call(twin))]
 
 
@@ -452,14 +453,9 @@ def _copy(module: nn.Module) -> nn.Module:
 @contextmanager
 def traceable() -> Iterator[None]:
     """Fused attention has no graph to trace."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with fused_attention_off(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def rank_by_saliency(found: ChannelGroups, saliency: Mapping[str, Tensor], *, normalised: bool) -> dict[str, Ranking]:

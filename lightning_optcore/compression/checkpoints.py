@@ -19,7 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_optcore.compression._compat import allow_instantiator
-from lightning_optcore.compression.attention import HeadPrunedAttention, allow_all_heads
+from lightning_optcore.compression.attention import allow_all_heads, allow_nested_tensors
 from lightning_optcore.compression.execution import run_plainly
 from lightning_optcore.compression.fake_quantization import remove_fake_quantization
 from lightning_optcore.compression.structure import Structure, resize
@@ -172,13 +172,21 @@ def _bring_to(module: nn.Module, ledger: Ledger, recipe: Recipe) -> None:
     """Give a module the shape of a recipe, whatever its present one."""
     run_plainly(module)
     ledger.restore(module)
-    for child in module.modules():
-        if isinstance(child, HeadPrunedAttention):
-            allow_all_heads(child)
+    allow_nested_tensors(module, "thin layers")
+    allow_all_heads(module)
     remove_fake_quantization(module)
     resize(module, ledger.original)
-    with ledger.replacing(module):
-        rebuild(module, recipe)
+    try:
+        with ledger.replacing(module):
+            rebuild(module, recipe)
+    except RecipeError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        names, reason = ", ".join(step.name for step in recipe.steps), " ".join(str(error).split())[:300]
+        raise MisconfigurationException(
+            f"the checkpoint's recipe ({names}) does not fit {type(module).__name__}: {reason}; give a checkpoint of "
+            "this model, made with the same options"
+        ) from error
 
 
 def copy_with_recipe(pl_module: Any) -> Any:
@@ -268,7 +276,7 @@ def load_from_checkpoint(cls: type[Module], path: str | Path, *, strict: bool = 
         if hasattr(module, "on_load_checkpoint"):
             cast(Any, module).on_load_checkpoint(checkpoint)
         module.load_state_dict(weights, strict=strict)
-    except (RecipeError, RuntimeError, TypeError, ValueError) as error:
+    except (MisconfigurationException, RecipeError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise MisconfigurationException(f"path={path}: does not fit {cls.__name__}: {reason}") from error
     return module

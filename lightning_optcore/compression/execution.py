@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.measurement.inputs import map_tensors, tensors_in
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +58,7 @@ class Execution:
             return self._run(*args, **kwargs)
         else:
             device = next((p.device.type for p in self._module.parameters()), "cpu")
-            with torch.autocast(device, self.autocast):
+            with fused_attention_off(), torch.autocast(device, self.autocast):
                 output = self._run(*args, **kwargs)
         return map_tensors(lambda t: t.to(wanted) if t.dtype is lower else t, output)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.onnx_model import OnnxModel, Signature, TensorSpec
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
 
@@ -226,9 +227,18 @@ def _check(module: nn.Module, model: OnnxModel, inputs: Inputs) -> None:
             scale = float(np.abs(first[np.isfinite(first)]).max(initial=1.0))
             if first.shape != second.shape or not np.allclose(first, second, rtol=1e-3, atol=1e-3 * scale):
                 raise ExportError(
-                    f"the graph's output differs from the module's at batch size {size} "
-                    "(is there a random number or a fixed batch size in forward?)"
+                    f"the graph's output differs from the module's at batch size {size} ({_suspect(module)})"
                 )
+
+
+def _suspect(module: nn.Module) -> str:
+    encoders = [child for child in module.modules() if isinstance(child, nn.TransformerEncoder)]
+    if any(encoder.use_nested_tensor for encoder in encoders):
+        return (
+            "nn.TransformerEncoder sets what it returns for padding to 0, in evaluation alone: leave padding out "
+            "afterwards, or make it with enable_nested_tensor=False"
+        )
+    return "is there a random number or a fixed batch size in forward?"
 
 
 @contextmanager
@@ -246,13 +256,12 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
 def _export_settings() -> Iterator[None]:
     """Export what has a counterpart in ONNX, and keep the exporters' progress and notes out of the log."""
     disabled = logging.root.manager.disable
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     logging.disable(logging.CRITICAL)
-    # The fused kernel of nn.TransformerEncoderLayer has no counterpart in ONNX.
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # torch.export prints the whole graph to stderr where it meets what it cannot trace.
+        # The fused kernel of nn.TransformerEncoderLayer has no counterpart in ONNX; torch.export prints the whole graph
+        # to stderr where it meets what it cannot trace.
         with (
+            fused_attention_off(),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
@@ -260,7 +269,6 @@ def _export_settings() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         logging.disable(disabled)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optcore.compression.attention import allow_nested_tensors, forbid_nested_tensors
 from lightning_optcore.compression.rounding import (
     embedding_block,
     rounded_activation,
@@ -29,7 +30,6 @@ SCHEMES = ("int8", "int8_dynamic_int4", "int4_weight_only")
 # The buffer of a layer: smallest and largest value of each of its inputs.
 RANGE = "fake_quantization_range"
 _STATE = "_fake_quantization"
-_NESTED = "_fake_quantization_nested_tensor"
 # The share of a new batch in the running average of its smallest and largest value. Ranges grow faster than they
 # shrink: a layer that is called with wide and with narrow inputs in turns keeps room for the wide ones.
 _GROWING, _SHRINKING = 0.5, 0.05
@@ -112,16 +112,15 @@ def add_fake_quantization(module: nn.Module, layers: Iterable[str], settings: Fa
         layer.register_forward_hook(_after, always_call=True)
     for child in known.values():
         # Packed for evaluation, inputs are of a type that cannot be rounded.
-        if isinstance(child, nn.TransformerEncoder) and _NESTED not in child.__dict__:
-            child.__dict__[_NESTED], child.use_nested_tensor = child.use_nested_tensor, False
+        if isinstance(child, nn.TransformerEncoder):
+            forbid_nested_tensors(child, "rounding")
 
 
 def remove_fake_quantization(module: nn.Module) -> None:
     """Let a module compute in floating point again, in place; the weights stay what they are."""
     for child in module.modules():
         _remove(child)
-        if _NESTED in child.__dict__:
-            child.use_nested_tensor = child.__dict__.pop(_NESTED)
+    allow_nested_tensors(module, "rounding")
 
 
 def _remove(layer: nn.Module) -> None:

@@ -14,6 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.onnx_model import new_session
 from lightning_optcore.fingerprints import hardware_fingerprint
 from lightning_optcore.measurement.inputs import Inputs
@@ -131,7 +132,7 @@ def layer_shapes(module: nn.Module, inputs: Inputs) -> dict[str, LayerShape]:
     training = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
+        with fused_attention_off(), torch.no_grad():
             inputs.resized(1).call(module)
     finally:
         for hook in hooks:

@@ -34,6 +34,7 @@ from lightning_optcore.compression.low_rank_choice import (
     drop_slower,
     factorable_layers,
     parts_of,
+    remedies_of,
     spectra_of,
 )
 from lightning_optcore.compression.low_rank_layers import Basis, factored, put_in_place, unfilled
@@ -176,11 +177,8 @@ def _plan(
         try:
             chosen = by_budget(spectra, target_params, whole)
         except MisconfigurationException as error:
-            slower = [name for name, spectrum in spectra.items() if len(spectrum.candidates) == 1]
-            if latency is None or not slower:
-                raise
-            remedy = f"no rank makes {', '.join(slower)} faster; faster=False factors for the size alone"
-            raise MisconfigurationException(f"{error}; {remedy}") from error
+            remedies = remedies_of(spectra, skipped, timed=latency is not None)
+            raise MisconfigurationException("; ".join([str(error), *remedies])) from error
     for name, candidate in chosen.items():
         if not candidate.ranks:
             skipped.setdefault(name, "it keeps more whole than in factors")

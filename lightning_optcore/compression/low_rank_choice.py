@@ -28,6 +28,7 @@ STEP = "low_rank_factorization"
 _RIDGE = 1e-2
 # Ranks are multiples of it in layers of usual width: kernels like it.
 _GRAIN = 8
+_HOOKED = "it has hooks, which would be lost"
 
 
 @dataclass
@@ -140,7 +141,7 @@ def _why_not(
     if others:
         return f"its weight is shared: {', '.join(others)}"
     if child._forward_hooks or child._forward_pre_hooks:
-        return "it has hooks, which would be lost"
+        return _HOOKED
     if getattr(child, "groups", 1) > 1:
         return "it has groups"
     if isinstance(child, nn.Embedding) and (child.max_norm is not None or child.sparse):
@@ -411,3 +412,17 @@ def by_budget(spectra: Mapping[str, Spectrum], target_params: float, whole: int)
         else:
             low = middle
     return chosen
+
+
+def remedies_of(spectra: Mapping[str, Spectrum], skipped: Mapping[str, str], *, timed: bool) -> list[str]:
+    """Return what may bring a target within reach: the reasons of layers that stay whole, turned round."""
+    remedies = []
+    slower = [name for name, spectrum in spectra.items() if len(spectrum.candidates) == 1]
+    if timed and slower:
+        remedies.append(f"no rank makes {', '.join(slower)} faster; faster=False factors for the size alone")
+    hooked = [name for name, reason in skipped.items() if reason == _HOOKED]
+    if hooked:
+        remedies.append(
+            f"hooks of others keep {', '.join(hooked)} whole; factor before quantization_aware_training rounds"
+        )
+    return remedies

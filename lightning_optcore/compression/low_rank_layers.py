@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optcore.compression.attention import forbid_nested_tensors
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FACTORABLE = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
 
@@ -139,8 +141,7 @@ def put_in_place(module: nn.Module, name: str, product: LowRank) -> None:
             # Its fused kernel would take the whole weights; it is not used where there are hooks.
             product.register_forward_pre_hook(_of_its_own)
         if isinstance(parent, nn.TransformerEncoder):
-            # Only the fused kernel takes nested tensors.
-            parent.use_nested_tensor = False
+            forbid_nested_tensors(parent, "thin layers")
 
 
 def _of_its_own(module: nn.Module, args: Any) -> None:

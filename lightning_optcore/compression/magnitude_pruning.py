@@ -22,7 +22,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, ledger_of, open_ledger
+from lightning_optcore.compression.checkpoints import (
+    averaged_models,
+    close_ledger,
+    free_key,
+    ledger_of,
+    open_ledger,
+    write_recipe,
+)
 from lightning_optcore.compression.schedule import Schedule, cubic
 from lightning_optcore.recipe import Step, register_step
 
@@ -281,6 +288,10 @@ class MagnitudePruning(Callback):
         if trainer.is_global_zero:
             self.path = save_sparse(pl_module, self.output_path or Path(trainer.default_root_dir) / "sparse_weights.pt")
             rank_zero_info(f"{STEP}: {self.sparsity:.1%} of the weights are zero; wrote {self.path}")
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write the recipe into checkpoints that are saved after the fit, too."""
+        write_recipe(pl_module, checkpoint)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module's hooks as they were."""

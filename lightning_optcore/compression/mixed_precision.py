@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision as MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.checkpoints import close_ledger, free_key, ledger_of, open_ledger, write_recipe
 from lightning_optcore.compression.execution import DTYPES, cast_weights, execution_of, first_line, run_plainly
 from lightning_optcore.compression.layer_latency import backend_after
@@ -164,6 +166,15 @@ def _cosine(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
     return float(nn.functional.cosine_similarity(a, b, dim=0))
 
 
+class _AutocastPlugin(MixedPrecisionPlugin):
+    """Lightning's own, without the kernels that autocast on a CPU makes fail in evaluation."""
+
+    @contextmanager
+    def forward_context(self) -> Generator[None, None, None]:
+        with super().forward_context(), fused_attention_off():
+            yield
+
+
 class MixedPrecision(Callback):
     """Train and run in bf16 or fp16 where that is faster.
 
@@ -266,7 +277,7 @@ class MixedPrecision(Callback):
                 f"{STEP}.dtype='fp16': not for training on a CPU; set dtype=bf16, or training=false"
             )
         lowered: Any = "bf16-mixed" if self.dtype == "bf16" else "16-mixed"
-        self._plugins = {False: present, True: MixedPrecisionPlugin(lowered, device)}
+        self._plugins = {False: present, True: _AutocastPlugin(lowered, device)}
         trainer.strategy.precision_plugin = self._plugins[True]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -367,8 +378,11 @@ class MixedPrecision(Callback):
             quality = validation.of_replacement(name, way.module).metrics
             metric = guarded_metric(trainer, self.monitor, parameters.quality_before, quality)
             if self.max_quality_drop is not None and metric is None:
-                measured += f"; {way.mode}: monitor={self.monitor!r} was never logged in validation"
-                continue
+                logged = f"expected one of {sorted(quality)}" if quality else "validation logs nothing"
+                missing = f"monitor={self.monitor!r} was never logged in validation: {logged}"
+                rank_zero_warn(f"{STEP}.{missing}; inference stays in full precision")
+                measured += f"; {missing}"
+                break
             drop = quality_drop(metric, self.mode, parameters.quality_before, quality) if metric is not None else 0.0
             if self.max_quality_drop is not None and drop > self.max_quality_drop:
                 measured += f"; {way.mode}: {metric} dropped by {drop:.4g}, more than {self.max_quality_drop}"

@@ -64,10 +64,7 @@ def with_int4_embeddings(model: OnnxModel, nodes: Sequence[str] | None = None) -
     proto.graph.node.extend(changed)
     if not any(opset.domain == "com.microsoft" for opset in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    used = {name for node in proto.graph.node for name in node.input}
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
+    _drop_unused_tables(proto.graph)
     return OnnxModel(proto.SerializeToString(), model.signature)
 
 
@@ -107,7 +104,15 @@ def with_int8_embeddings(model: OnnxModel) -> OnnxModel:
         ]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
+    _drop_unused_tables(proto.graph)
     return OnnxModel(proto.SerializeToString(), model.signature)
+
+
+def _drop_unused_tables(graph: onnx.GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def _block_of(table: TensorProto) -> int | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import onnx
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import QuantFormat
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.rounding import BLOCK
@@ -19,17 +20,34 @@ _ACCURACY_LEVEL = 4
 def with_int4_weights(model: OnnxModel, excluded: Sequence[str] = ()) -> OnnxModel:
     """Store the weights of the linear layers in 4 bits, in blocks of 32 along the inputs."""
     proto = _gemms_as_products(model.proto, excluded)
-    settings = DefaultWeightOnlyQuantConfig(
-        bits=4,
-        block_size=BLOCK,
-        is_symmetric=True,
-        accuracy_level=_ACCURACY_LEVEL,
-        quant_format=QuantFormat.QOperator,
-        op_types_to_quantize=("MatMul",),
-    )
-    quantizer = MatMulNBitsQuantizer(proto, nodes_to_exclude=list(excluded), algo_config=settings)
-    quantizer.process()
+    with _logging_left_alone():
+        from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+        settings = DefaultWeightOnlyQuantConfig(
+            bits=4,
+            block_size=BLOCK,
+            is_symmetric=True,
+            accuracy_level=_ACCURACY_LEVEL,
+            quant_format=QuantFormat.QOperator,
+            op_types_to_quantize=("MatMul",),
+        )
+        quantizer = MatMulNBitsQuantizer(proto, nodes_to_exclude=list(excluded), algo_config=settings)
+        quantizer.process()
     return OnnxModel(quantizer.model.model.SerializeToString(), model.signature)
+
+
+@contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    """ONNX Runtime's quantizer gives the root logger a handler when it is imported, and logs a line for every node."""
+    root, theirs = logging.getLogger(), logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer")
+    handlers, level, their_level = list(root.handlers), root.level, theirs.level
+    theirs.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        theirs.setLevel(their_level)
 
 
 def _gemms_as_products(source: onnx.ModelProto, excluded: Sequence[str]) -> onnx.ModelProto:

@@ -25,7 +25,15 @@ from lightning_optcore.compression.artifact_making import (
     check_openvino,
     require_small_weights,
 )
-from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, ledger_of, open_ledger, recipe_of
+from lightning_optcore.compression.attention import fused_attention_off
+from lightning_optcore.compression.checkpoints import (
+    averaged_models,
+    close_ledger,
+    ledger_of,
+    open_ledger,
+    recipe_of,
+    write_recipe,
+)
 from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.fake_quantization import (
     SCHEMES,
@@ -129,6 +137,11 @@ def export_quantized(
     batches = [Inputs.of(batch) for batch in calibration_inputs]
     if settings is None or not batches:
         raise ValueError("give a module that prepare_quantization_aware prepared, and at least one batch of its inputs")
+    with fused_attention_off():
+        return _exported(module, settings, batches, backend)
+
+
+def _exported(module: nn.Module, settings: FakeQuantization, batches: Sequence[Inputs], backend: str) -> OnnxModel:
     plain = _in_floating_point(module)
     if settings.scheme != "int8":
         prepared = onnx_quantization.prepared(export_onnx(plain, batches[0]))
@@ -295,6 +308,10 @@ class QuantizationAwareTraining(ArtifactCallback):
         """Freeze the ranges."""
         if self._settings is not None:
             self._settings.learning = False
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write the recipe into checkpoints that are saved after the fit, too."""
+        write_recipe(pl_module, checkpoint)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module's hooks as they were."""

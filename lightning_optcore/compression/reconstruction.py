@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.channel_groups import ChannelGroup, ChannelGroups, Member, Ranking
 from lightning_optcore.measurement.inputs import Inputs
 
@@ -157,7 +158,7 @@ def _second_moments(module: nn.Module, inputs: Inputs, lost: Mapping[str, Tensor
     training = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
+        with fused_attention_off(), torch.no_grad():
             inputs.call(module)
     finally:
         for handle in hooks:

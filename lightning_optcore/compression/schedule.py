@@ -29,8 +29,11 @@ class Schedule:
 
     def check(self, technique: str) -> None:
         """Raise :class:`MisconfigurationException` if the epochs make no sense."""
-        if self.start_epoch < 0:
-            raise MisconfigurationException(f"{technique}.start_epoch={self.start_epoch}: expected at least 0")
+        for key, epoch in (("start_epoch", self.start_epoch), ("end_epoch", self.end_epoch)):
+            if key == "end_epoch" and epoch is None:
+                continue
+            if isinstance(epoch, bool) or not isinstance(epoch, (int, float)) or not 0 <= epoch < float("inf"):
+                raise MisconfigurationException(f"{technique}.{key}={epoch!r}: expected a number of at least 0")
         if self.end_epoch is not None and self.end_epoch < self.start_epoch:
             raise MisconfigurationException(
                 f"{technique}.end_epoch={self.end_epoch}: expected at least start_epoch={self.start_epoch}"

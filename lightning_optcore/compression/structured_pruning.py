@@ -77,7 +77,7 @@ class StructuredPruningParameters:
 @register_step(STEP, StructuredPruningParameters)
 def _rebuild(module: nn.Module, parameters: StructuredPruningParameters) -> nn.Module:
     for name in parameters.attention:
-        allow_missing_heads(module.get_submodule(name))
+        allow_missing_heads(module, name)
     resize(module, Structure(parameters.shapes, parameters.sizes))
     return module
 

@@ -60,6 +60,15 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embedding(tokens)).mean(1))
 
 
+class MaskedEncoder(Encoder):
+    """The same, told of padding: in evaluation PyTorch packs it into nested tensors."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        padding = tokens == 0
+        hidden = self.encoder(self.embedding(tokens), src_key_padding_mask=padding)
+        return self.head(hidden.masked_fill(padding[..., None], 0.0).sum(1) / tokens.shape[1])
+
+
 class SelfAttention(nn.Module):
     """In the style of Hugging Face: three projections, the sizes in attributes."""
 
@@ -118,12 +127,14 @@ class RowsClassifier(Classifier):
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 50, (4, 7), generator=torch.Generator().manual_seed(0))
+PADDED = torch.where(torch.arange(7) < torch.tensor([[7], [6], [5], [3]]), TOKENS.clamp(min=1), 0)
 SERIES = torch.randn(4, 7, 8, generator=torch.Generator().manual_seed(0))
 ALL = {
     "resnet": (resnet, IMAGES),
     "mobilenet": (mobilenet, IMAGES),
     "unet": (UNet, IMAGES),
     "encoder": (Encoder, TOKENS),
+    "masked": (MaskedEncoder, PADDED),
     "bert": (BertLike, TOKENS),
     "lstm": (Recurrent, SERIES),
     "gru": (lambda: Recurrent(nn.GRU), SERIES),

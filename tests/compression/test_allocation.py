@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_optcore import Recipe, rebuild
 from lightning_optcore.callbacks import LayerwiseAllocation
-from lightning_optcore.compression import allocation_workbench
+from lightning_optcore.compression import allocation, allocation_workbench
 from lightning_optcore.compression.allocation import allocate
 from lightning_optcore.compression.allocation_solver import AllocationError, solve_ilp
 from lightning_optcore.compression.allocation_workbench import relative_error
@@ -252,6 +252,9 @@ def test_a_transformer_whose_attention_is_fused_keeps_its_forms(digits):
     [
         ({}, "nothing is asked for"),
         ({"budget_bytes": 0}, "budget_bytes=0: expected a positive number"),
+        ({"budget_bytes": "9k"}, "budget_bytes='9k': expected a positive number"),
+        ({"budget_latency_ms": True}, "budget_latency_ms=True: expected a positive number"),
+        ({"max_quality_drop": "1%"}, "max_quality_drop='1%': expected at least 0"),
         ({"max_quality_drop": 0.1}, "max_quality_drop=0.1: needs quality"),
         ({"budget_bytes": 1e6, "scheme": "int3"}, "scheme='int3': expected one of auto, static, dynamic"),
         ({"budget_bytes": 1e6, "widths": [1.5]}, r"widths=\[1.5\]: expected fractions"),
@@ -268,8 +271,25 @@ def test_a_budget_below_the_smallest_possible_says_the_smallest(mlp, digits):
 
 
 def test_a_network_without_layers_to_choose_for_is_named():
-    with pytest.raises(Exception, match="no layer has a form"):
+    with pytest.raises(AllocationError, match="no layer has a form to choose; the model has no convolution"):
         allocate(nn.Sequential(nn.ReLU()), [torch.randn(8, 4)], budget_bytes=1_000)
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_a_network_of_convolutions_alone_has_forms_though_dynamic_ranges_round_none(monkeypatch, digits):
+    taken = allocation.quantization_candidates
+
+    def dynamic_first(*args, **options):
+        return sorted(taken(*args, **options), key=lambda one: one.parameters.scheme != "dynamic")
+
+    monkeypatch.setattr(allocation, "quantization_candidates", dynamic_first)
+    found = allocate(convolutions(), [digits[0][:64]], budget_bytes=8_000, widths=(), ranks=())
+    assert sorted(found.options) == ["0", "2"]
+    with pytest.raises(AllocationError, match=r"scheme='dynamic': .*; take scheme=static"):
+        allocate(convolutions(), [digits[0][:64]], budget_bytes=8_000, scheme="dynamic", widths=(), ranks=())
 
 
 def test_excluded_linear_layers_stay_as_they_are_with_dynamic_ranges(mlp, digits):

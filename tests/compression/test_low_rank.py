@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from nets import ALL, BertLike, Encoder
+from nets import ALL, PADDED, BertLike, Encoder, MaskedEncoder
 from torch import nn
 
 from lightning_optcore import Recipe, load_from_checkpoint, measure, rebuild
@@ -21,10 +21,12 @@ from lightning_optcore.callbacks import (
     PostTrainingQuantization,
     StructuredPruning,
 )
-from lightning_optcore.compression.checkpoints import recipe_of
+from lightning_optcore.compression.checkpoints import Ledger, load_weights, recipe_of
 from lightning_optcore.compression.layer_latency import LayerLatency
 from lightning_optcore.compression.low_rank import factorize
 from lightning_optcore.compression.low_rank_layers import Basis, LowRank, factored
+from lightning_optcore.compression.quantization_aware_training import prepare_quantization_aware
+from lightning_optcore.compression.structure import Structure
 from lightning_optcore.compression.training_state import replace_parameter
 from lightning_optcore.data import Digits
 from lightning_optcore.models import CNN, MLP
@@ -134,6 +136,23 @@ def test_the_fused_kernel_of_transformer_layers_does_not_miss_the_thin_layers():
         masked = net.encoder(net.embedding(tokens), src_key_padding_mask=mask)
     assert len(calls) == 2
     torch.testing.assert_close(masked, net.encoder(net.embedding(tokens), src_key_padding_mask=mask))
+
+
+def test_whoever_is_brought_back_to_whole_layers_computes_as_before():
+    """A teacher that a resumed run makes of a factored student: PyTorch's fused kernel rounds otherwise than layers."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(MaskedEncoder()), PADDED
+    whole = {"state_dict": copy.deepcopy(model.state_dict())}
+    with torch.no_grad():
+        expected = model.eval()(x)
+    ledger = model.__dict__.setdefault("_optcore_ledger", Ledger(Structure.of(model)))
+    with ledger.replacing(model):
+        ledger.record("it", factorize(model, [x], target_params=0.8).step)
+    prepare_quantization_aware(model, scheme="int4_weight_only")
+    assert not model[0].encoder.use_nested_tensor
+    load_weights(model, whole)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), expected)
 
 
 class Tied(nn.Module):
@@ -291,6 +310,8 @@ def test_the_artifact_of_a_factored_model_is_smaller(make_trainer):
         ({"target_params": 0}, r"target_params=0: expected a share"),
         ({"energy": 0.9, "target_params": 0.5}, r"give one of them"),
         ({"energy": 0.9, "start_epoch": -1}, r"start_epoch=-1"),
+        ({"energy": 0.9, "start_epoch": "2"}, r"start_epoch='2': expected a number of at least 0"),
+        ({"energy": 0.9, "start_epoch": float("nan")}, r"start_epoch=nan: expected a number"),
         ({"energy": 0.9, "samples": 0}, r"samples=0: expected a whole number"),
     ],
 )
@@ -308,6 +329,13 @@ def test_an_unreachable_target_names_the_floor(make_trainer):
     callback = LowRankFactorization(target_params=0.01, faster=False)
     with pytest.raises(MisconfigurationException, match=r"target_params=0.01 cannot be reached: at least 0\.\d+"):
         make_trainer(callback).fit(MLP(width=64), Digits())
+
+
+def test_layers_that_are_rounded_already_are_named_with_the_remedy():
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
+    prepare_quantization_aware(net)
+    with pytest.raises(MisconfigurationException, match="keep 0, 2 whole; factor before quantization_aware_training"):
+        factorize(net, [torch.randn(16, 64)], target_params=0.5)
 
 
 def test_a_layer_name_that_matches_nothing_is_named(make_trainer):

@@ -13,6 +13,7 @@ from lightning_optcore.callbacks import (
     PostTrainingQuantization,
     StructuredPruning,
 )
+from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.magnitude_pruning import (
     load_sparse,
     pack_sparse,
@@ -108,6 +109,15 @@ def test_resuming_is_the_same_run(make_trainer, tmp_path):
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     loaded = MLP.load_from_checkpoint(tmp_path / "a" / "epoch=2.ckpt", weights_only=True)
     assert sparsity(prunable_weights(loaded)) == pytest.approx(0.6, abs=0.06)
+
+
+def test_what_is_saved_after_the_fit_holds_the_recipe(make_trainer, tmp_path):
+    trainer = make_trainer(MagnitudePruning(target_sparsity=0.5), max_epochs=1)
+    trainer.fit(MLP(width=16), Digits())
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    model = MLP.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    assert [step.name for step in recipe_of(model).steps] == ["magnitude_pruning"]
+    assert sparsity(prunable_weights(model)) == pytest.approx(0.5, abs=0.01)
 
 
 def test_all_techniques_in_one_trainer(make_trainer):

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from nets import ALL
+from nets import ALL, PADDED, MaskedEncoder
 from torch import nn
 
 from lightning_optcore import load_from_checkpoint
@@ -19,7 +19,7 @@ from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.mixed_precision import faster_precisions, lower
 from lightning_optcore.compression.speed_check import SpeedCheck
 from lightning_optcore.data import Digits
-from lightning_optcore.models import CNN, MLP
+from lightning_optcore.models import CNN, MLP, Classifier
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -193,6 +193,20 @@ def test_unasked_from_the_first_step(make_trainer):
     assert all(seen.autocast)
 
 
+def test_validation_of_a_transformer_that_is_told_of_padding(make_trainer):
+    """Where autocast on a CPU meets the fused kernel of PyTorch, that fails."""
+
+    class Padded(Classifier):
+        def forward(self, x):
+            return self.network(PADDED[torch.arange(len(x)) % 4])
+
+    net = MaskedEncoder()
+    net.head = nn.Linear(32, 10)
+    precision = MixedPrecision(measured_steps=0, inference=False)
+    make_trainer(precision, max_epochs=1, limit_train_batches=2).fit(Padded(net), Digits())
+    assert precision.decisions["training"] == "bf16, not measured (measured_steps=0)"
+
+
 @pytest.mark.parametrize("mode", ["cast", "autocast"])
 def test_lowered_at_the_end_of_a_fit_with_checkpoints_of_both_forms(make_trainer, tmp_path, clock, mode):
     clock(cast=1.5 if mode == "cast" else 0.9, autocast=1.4)
@@ -231,7 +245,8 @@ def test_a_loss_of_quality_beyond_the_limit_is_refused(make_trainer, clock, monk
     assert callback.decisions["inference"].startswith("full precision")
     assert next(model.parameters()).dtype is torch.float32
     missing = MixedPrecision(training=False, max_quality_drop=0.01, monitor="val/nothing")
-    make_trainer(missing).fit(CNN(width=8, depth=1), Digits())
+    with pytest.warns(UserWarning, match=r"mixed_precision.monitor='val/nothing' was never logged .*'val/acc'"):
+        make_trainer(missing).fit(CNN(width=8, depth=1), Digits())
     assert "monitor='val/nothing' was never logged" in missing.decisions["inference"]
 
 

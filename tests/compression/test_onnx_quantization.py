@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +10,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from nets import TOKENS, Encoder
+from onnx import numpy_helper
 from torch import nn
 
 from lightning_optcore import load_artifact
 from lightning_optcore.callbacks import PostTrainingQuantization
 from lightning_optcore.compression.export import export_onnx
-from lightning_optcore.compression.onnx_embeddings import embedding_nodes, with_int4_embeddings
+from lightning_optcore.compression.onnx_embeddings import embedding_nodes, with_int4_embeddings, with_int8_embeddings
 from lightning_optcore.compression.onnx_quantization import cosine_similarity, prepared
 from lightning_optcore.compression.onnx_smoothing import smoothed
 from lightning_optcore.compression.quantization import post_training_quantize
@@ -52,6 +55,14 @@ def test_large_tables_are_stored_in_four_bits():
     saved = 1000 * 64 * (4 - 0.5) - 1000 * 4
     assert whole.size_bytes - small.size_bytes == pytest.approx(saved, rel=0.01)
     assert cosine_similarity(net(**INPUTS), small(**INPUTS)) > 0.99
+
+
+def test_tables_in_eight_bits_leave_none_in_floating_point():
+    exported = export_onnx(nn.Embedding(30, 8), torch.arange(12).reshape(4, 3), tracing_first=True)
+    rounded = with_int8_embeddings(exported)
+    kinds = {tensor.name: numpy_helper.to_array(tensor).dtype for tensor in rounded.proto.graph.initializer}
+    assert sorted(str(kind) for kind in kinds.values()) == ["float32", "int8"], kinds
+    assert rounded.size_bytes < 0.8 * exported.size_bytes
 
 
 def test_the_scale_of_a_block_is_better_than_that_of_its_largest_value():
@@ -95,6 +106,21 @@ def test_linear_layers_on_matrices_have_a_four_bit_form_too():
     assert operators(result.model).count("MatMulNBits") == 2
     assert result.model.num_parameters == pytest.approx(64 * 128 + 128 * 32 + 160, rel=0.05)
     assert cosine_similarity(net(x), result.model(x)) > 0.98
+
+
+def test_the_root_logger_stays_as_it_was():
+    """Importing ONNX Runtime's 4-bit quantizer configures logging; it is imported anew in a process of its own."""
+    code = """
+import logging, torch
+from lightning_optcore.compression.export import export_onnx
+from lightning_optcore.compression.onnx_weight_only import with_int4_weights
+with_int4_weights(export_onnx(torch.nn.Linear(64, 32), torch.randn(8, 64), tracing_first=True))
+import onnxruntime.quantization.matmul_nbits_quantizer
+print(logging.getLogger().handlers, logging.getLogger().level == logging.WARNING)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[-2] == "[] True", run.stdout
+    assert "matmul_nbits_quantizer" not in run.stderr
 
 
 def test_layers_can_stay_in_fp32_in_every_width():

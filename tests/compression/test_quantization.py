@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos import LightningTransformer
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from lightning.pytorch.demos.lstm import LightningLSTM, SimpleLSTM
+from nets import PADDED, MaskedEncoder
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MaxMetric
@@ -18,6 +19,7 @@ from torchmetrics import MaxMetric
 from lightning_optcore import load_artifact
 from lightning_optcore.callbacks import PostTrainingQuantization
 from lightning_optcore.compression import onnx_quantization
+from lightning_optcore.compression.export import ExportError, export_onnx
 from lightning_optcore.compression.quantization import _fewest, post_training_quantize
 from lightning_optcore.data import Digits
 from lightning_optcore.models import CNN, MLP
@@ -188,6 +190,19 @@ class Unexportable(BoringModel):
     def forward(self, x):
         rows = [self.layer(row) for row in x if float(row.sum()) > -1e9]
         return torch.stack([torch.tensor(np.sort(row.detach().numpy())) for row in rows]) * self.layer(x)
+
+
+def test_padding_that_counts_in_training_alone_is_named():
+    """In evaluation the encoder's outputs for padding are 0; a graph has them as they were in training."""
+
+    class Unmasked(MaskedEncoder):
+        def forward(self, tokens):
+            return self.head(self.encoder(self.embedding(tokens), src_key_padding_mask=tokens == 0).mean(1))
+
+    torch.manual_seed(0)
+    with pytest.raises(ExportError, match=r"for padding to 0, in evaluation alone: .*enable_nested_tensor=False"):
+        export_onnx(Unmasked(), PADDED, tracing_first=True)
+    assert export_onnx(MaskedEncoder(), PADDED, tracing_first=True)
 
 
 @pytest.mark.parametrize("make_model", [Random, Unexportable])

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
-from nets import Residual, RowsClassifier
+from nets import PADDED, MaskedEncoder, Residual, RowsClassifier
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,7 +28,7 @@ from lightning_optcore.callbacks import (
 )
 from lightning_optcore.compression.checkpoints import recipe_of
 from lightning_optcore.compression.fake_quantization import quantized_layers, ranges_of, settings_of
-from lightning_optcore.compression.quantization_aware_training import prepare_quantization_aware
+from lightning_optcore.compression.quantization_aware_training import export_quantized, prepare_quantization_aware
 from lightning_optcore.data import Digits
 from lightning_optcore.models import CNN, MLP, Classifier
 
@@ -157,6 +157,28 @@ def test_checkpoints_from_before_and_after_the_start_load_everywhere(make_traine
             (again,) = make_trainer().test(other, Digits(), verbose=False)
             assert again == metrics
     trainer.test(model, Digits(), ckpt_path="best", verbose=False)
+
+
+def test_a_checkpoint_of_another_model_is_named(make_trainer, tmp_path):
+    trainer = make_trainer(quick(), max_epochs=1)
+    trainer.fit(CNN(width=8, depth=1), Digits())
+    trainer.save_checkpoint(tmp_path / "cnn.ckpt")
+    reason = r"recipe \(quantization_aware_training\) does not fit MLP: .*; give a checkpoint of this model"
+    with pytest.raises(MisconfigurationException, match=reason):
+        make_trainer(quick(), max_epochs=2).fit(MLP(width=8), Digits(), ckpt_path=tmp_path / "cnn.ckpt")
+    with pytest.raises(MisconfigurationException, match=f"cnn.ckpt: does not fit MLP: .*{reason}"):
+        load_from_checkpoint(MLP, tmp_path / "cnn.ckpt")
+
+
+def test_what_is_saved_after_the_fit_loads(make_trainer, tmp_path):
+    model, data = MLP(width=16), Digits()
+    trainer = make_trainer(quick("int4_weight_only", start_epoch=1), max_epochs=2)
+    trainer.fit(model, data)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    images = data.val_set.tensors[0]
+    loaded = MLP.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    assert settings_of(loaded).scheme == "int4_weight_only"
+    torch.testing.assert_close(loaded.eval()(images), model.eval()(images))
 
 
 def test_the_recipe_makes_a_fresh_module_take_the_weights(make_trainer):
@@ -299,6 +321,18 @@ def test_modules_that_nobody_here_wrote(make_trainer, make, scheme):
     make_trainer(callback).fit(make())
     assert callback.error is None
     assert callback.after.quality["output_cosine"] > 0.99
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic_int4"])
+def test_a_transformer_that_is_told_of_padding_is_exported_as_trained(scheme):
+    torch.manual_seed(0)
+    net = MaskedEncoder()
+    prepare_quantization_aware(net, scheme=scheme)
+    net(PADDED).square().sum().backward()
+    settings_of(net).learning = False
+    artifact = export_quantized(net, [PADDED])
+    with torch.no_grad():
+        torch.testing.assert_close(artifact(PADDED), net.eval()(PADDED), rtol=0.05, atol=0.02)
 
 
 def test_the_child_that_the_steps_call_is_rounded(make_trainer, child_caller):

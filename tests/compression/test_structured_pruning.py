@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from nets import ALL, mobilenet
+from nets import ALL, PADDED, MaskedEncoder, mobilenet
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -104,6 +104,12 @@ def test_layers_are_timed_once_and_kept_in_the_store(backend, tmp_path, monkeypa
     monkeypatch.setattr("lightning_optcore.compression.layer_latency.fastest_burst", fail)
     again = LayerLatency(backend, batch_sizes=(1, 2), store=store)
     assert {name: again(shape) for name, shape in shapes.items()} == taken
+
+
+def test_layers_of_a_transformer_that_is_told_of_padding_are_seen():
+    shapes = layer_shapes(MaskedEncoder(), Inputs.of(PADDED))
+    assert shapes["encoder.layers.1.linear1"].weight == (64, 32)
+    assert shapes["encoder.layers.1.linear1"].places == (PADDED.shape[1],)
 
 
 def test_an_unreachable_target_names_the_floor_and_its_layers():
@@ -391,6 +397,7 @@ def test_two_ranks_prune_the_same_and_resume(tmp_path):
         ({"target_params": 1.5}, r"target_params=1.5"),
         ({"target_flops": 0.5, "criterion": "l1"}, r"criterion='l1': expected one of reconstruction, taylor"),
         ({"target_flops": 0.5, "start_epoch": -1}, r"start_epoch=-1"),
+        ({"target_flops": 0.5, "end_epoch": "4"}, r"end_epoch='4': expected a number of at least 0"),
         ({"target_flops": 0.5, "start_epoch": 2, "end_epoch": 1}, r"end_epoch=1: expected at least start_epoch=2"),
     ],
 )
