@@ -355,16 +355,18 @@ class Plain(Peer):
         return self.loss_fn(lambda x: call(self.module, fast, (x,)), query)  # type: ignore[arg-type]
 
 
-# By name: shots, options of MetaGradient, and whether the inner rates are learned.
-SINUSOID: dict[str, tuple[int, dict[str, Any], bool]] = {
-    "MAML, 1 step, K=10": (10, {}, False),
-    "MAML, 1 step, K=5": (5, {}, False),
-    "FOMAML, 1 step, K=10": (10, {"first_order": True}, False),
-    "ANIL, 1 step, K=10": (10, {"adapts": lambda name: name.startswith("4.")}, False),
-    "Meta-SGD, 1 step, K=10": (10, {}, True),
-    "Reptile, 5 steps, K=10": (10, {"direction": "displacement", "num_inner_steps": 5}, False),
+# By name: shots, options of MetaGradient, the inner steps that take turns, and whether the inner rates are learned.
+SINUSOID: dict[str, tuple[int, dict[str, Any], tuple[int, ...], bool]] = {
+    "MAML, 1 step, K=10": (10, {}, (1,), False),
+    "MAML, 1 step, K=5": (5, {}, (1,), False),
+    "FOMAML, 1 step, K=10": (10, {"first_order": True}, (1,), False),
+    "ANIL, 1 step, K=10": (10, {"adapts": lambda name: name.startswith("4.")}, (1,), False),
+    "Meta-SGD, 1 step, K=10": (10, {}, (1,), True),
+    "MAML, 5 steps, K=10": (10, {}, (5,), False),
+    "Reptile, 5 steps, K=10": (10, {"direction": "displacement"}, (5,), False),
 }
 JUDGED_AFTER = (0, 1, 5, 10)
+LR, CLIP = 3e-3, 10.0
 
 
 def sinusoid(options: argparse.Namespace) -> None:
@@ -373,42 +375,44 @@ def sinusoid(options: argparse.Namespace) -> None:
     table = Table(title=f"sinusoid: mean squared error of 1,000 tasks after {options.seconds:.0f} s of training")
     for title in ("", *(f"{steps} steps" for steps in JUDGED_AFTER), "iterations", "seeds"):
         table.add_column(title)
-    for name, (shots, given, learned) in SINUSOID.items():
+    for name, (shots, given, turns, learned) in SINUSOID.items():
         if options.only and name not in options.only:
             continue
-        runs = [trained(seed, shots, given, learned, options.seconds) for seed in seeds]
-        cells = [
-            f"{mean:.3f} +- {spread:.3f}" for mean, spread in (_summary(run[0][i] for run in runs) for i in range(4))
-        ]
-        table.add_row(
-            name, *cells, f"{statistics.mean(run[1] for run in runs):.0f}", f"{seeds.start}..{seeds.stop - 1}"
-        )
+        runs = [trained(seed, shots, given, turns, learned, options.seconds) for seed in seeds]
+        cells = [_summary([run[0][i] for run in runs]) for i in range(len(JUDGED_AFTER))]
+        iterations = statistics.mean(run[1] for run in runs)
+        table.add_row(name, *cells, f"{iterations:.0f}", f"{seeds.start}..{seeds.stop - 1}")
         print(name, *cells, flush=True)
     Console(width=140).print(table)
 
 
-def trained(seed: int, shots: int, given: dict[str, Any], learned: bool, seconds: float) -> tuple[list[float], int]:
+def trained(
+    seed: int, shots: int, given: dict[str, Any], turns: tuple[int, ...], learned: bool, seconds: float
+) -> tuple[list[float], int]:
     """Return the errors after adaptation, and how many iterations there were."""
     torch.manual_seed(seed)
     module = mlp()
     rates = {name: torch.full_like(one, 0.01).requires_grad_() for name, one in module.named_parameters()}
     outer = [*module.parameters(), *(rates.values() if learned else ())]
     reptile = given.get("direction") == "displacement"
-    optimizer = torch.optim.SGD(outer, lr=1.0) if reptile else torch.optim.Adam(outer, lr=1e-3, foreach=True)
+    optimizer = torch.optim.SGD(outer, lr=1.0) if reptile else torch.optim.Adam(outer, lr=LR, foreach=True)
     peak = optimizer.param_groups[0]["lr"]
-    step = MetaGradient(module, squared_error, backend="vmap", compile=True, **{"inner_lr": 0.01, **given})
+    shared: dict[str, Any] = {"backend": "vmap", "compile": True, **given}
+    steps = [MetaGradient(module, squared_error, num_inner_steps=one, **shared) for one in turns]
     family, generator = Sinusoids(k_shot=shots, num_query=10), torch.Generator().manual_seed(seed)
     # What the compiler takes is paid once for a network, and not counted.
-    step(family.batch(25, generator), rates if learned else None)
+    for step in steps:
+        step(family.batch(25, generator), rates if learned else None)
     start, iterations = time.process_time(), 0
     while (done := (time.process_time() - start) / seconds) < 1:
-        found = step(family.batch(25, generator), rates if learned else None)
+        found = steps[iterations % len(steps)](family.batch(25, generator), rates if learned else None)
         for name, parameter in module.named_parameters():
             parameter.grad = found.gradients[name]
         for name, gradient in found.rate_gradients.items():
             rates[name].grad = gradient
         # Constant for the first half, then to zero.
         optimizer.param_groups[0]["lr"] = peak * min(1.0, 2 * (1 - done))
+        torch.nn.utils.clip_grad_norm_(outer, CLIP, foreach=True)
         optimizer.step()
         iterations += 1
     test = sinusoids(1000, seed=10**6, k_shot=shots, num_query=100)

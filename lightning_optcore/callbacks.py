@@ -9,6 +9,7 @@ from lightning_optcore.compression.mixed_precision import MixedPrecision
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
 from lightning_optcore.compression.structured_pruning import StructuredPruning
+from lightning_optcore.meta.fast_adaptation import FastAdaptation
 from lightning_optcore.meta.meta_learning import MetaLearning
 from lightning_optcore.nas.differentiable_search import DifferentiableSearch
 from lightning_optcore.nas.sampled_training import SampledTraining
@@ -18,6 +19,7 @@ from lightning_optcore.sweeps.pruning import TrialPruning
 
 __all__ = [
     "DifferentiableSearch",
+    "FastAdaptation",
     "KernelFusion",
     "KnowledgeDistillation",
     "LayerwiseAllocation",

@@ -19,6 +19,7 @@ SCHEMA_VERSION = 1
 
 # Where the built-in steps register themselves; imported when a recipe names one of them.
 _BUILT_IN = {
+    "fast_adaptation": "lightning_optcore.meta.fast_adaptation",
     "layerwise_allocation": "lightning_optcore.compression.allocation",
     "kernel_fusion": "lightning_optcore.compression.kernel_fusion",
     "mixed_precision": "lightning_optcore.compression.mixed_precision",

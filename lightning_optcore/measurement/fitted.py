@@ -31,11 +31,14 @@ def measured_fit(
     Returns:
         Measurements by role; empty where the validation calls no module with parameters.
     """
+    callbacks = list(callbacks)
     done = [callback for callback in callbacks if getattr(callback, "after", None) is not None]
     if done:
         return {"before": done[0].before, "after": done[-1].after}
+    # Without them the module's validation would not understand its batches.
+    needed = [callback for callback in callbacks if getattr(callback, "changes_steps", False)]
     with ForwardRecorder(model) as recorder:
-        validate(model, datamodule=data, limit_batches=1)
+        validate(model, datamodule=data, limit_batches=1, callbacks=needed)
     name = recorder.target()
     if name is None:
         log.warning("nothing to measure: validation_step calls no module with parameters")

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_optcore.measurement.inputs import Inputs
 
@@ -132,12 +133,19 @@ class ForwardRecorder:
         self._wrapped.append((module, forward))
 
     def _record(self, name: str, inputs: Inputs) -> None:
+        if any(_is_wrapped(tensor) for tensor in inputs.tensors()):
+            return
         self.calls[name] = self.calls.get(name, 0) + 1
         kept = self.inputs.setdefault(name, [])
         if not any(tensor.ndim for tensor in inputs.tensors()):
             return
         if sum(batch.batch_size for batch in kept) < self.max_samples:
             kept.append(inputs.detached_cpu())
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    """Return whether a tensor is a value inside a transform of ``torch.func``, which is gone after it."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _unlink(module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ def validate(
     precision: Any = None,
     replace: str | None = None,
     replacement: Callable[..., Any] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Evaluation:
     """Run the module's own ``validation_step`` on the CPU and return what it logged.
 
@@ -52,6 +53,7 @@ def validate(
         precision: ``precision`` of the Trainer.
         replace: Name of the submodule that ``replacement`` stands in for; ``""`` is the module itself.
         replacement: Called in place of that submodule's ``forward``.
+        callbacks: Callbacks of the Trainer.
     """
     if trainer_class is None:
         from lightning.pytorch import Trainer
@@ -68,6 +70,7 @@ def validate(
             limit_val_batches=1.0 if limit_batches is None else limit_batches,
             inference_mode=False,
             precision=precision,
+            callbacks=list(callbacks),
         )
         if replacement is None or replace is None:
             trainer.validate(module, dataloaders, datamodule=datamodule, verbose=False)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_optcore.meta.adaptation import adapt
     from lightning_optcore.meta.algorithms import anil, fomaml, maml, meta_sgd, protonet, reptile
-    from lightning_optcore.meta.episodes import EpisodicDataModule
+    from lightning_optcore.meta.episodes import EpisodicDataModule, TaskDataModule
     from lightning_optcore.meta.meta_gradient import MetaGradient
-    from lightning_optcore.meta.task_families import LinearSystems, Sinusoids
+    from lightning_optcore.meta.task_families import LinearSystems, Rotations, Sinusoids
     from lightning_optcore.meta.tasks import MetaLearningError
 
 _HOME_OF = {
@@ -21,7 +21,9 @@ _HOME_OF = {
     "LinearSystems": "task_families",
     "MetaGradient": "meta_gradient",
     "MetaLearningError": "tasks",
+    "Rotations": "task_families",
     "Sinusoids": "task_families",
+    "TaskDataModule": "episodes",
     "adapt": "adaptation",
     "anil": "algorithms",
     "fomaml": "algorithms",
@@ -36,7 +38,9 @@ __all__ = [
     "LinearSystems",
     "MetaGradient",
     "MetaLearningError",
+    "Rotations",
     "Sinusoids",
+    "TaskDataModule",
     "adapt",
     "anil",
     "fomaml",

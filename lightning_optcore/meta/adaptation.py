@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.meta.functional import LossFunction
@@ -23,6 +23,8 @@ def adapt(
     adapts: Callable[[str], bool] | None = None,
 ) -> nn.Module:
     """Return a copy of a module that is adapted to a support set; the module stays as it is.
+
+    Batch norm normalizes by the support set's statistics, and keeps these.
 
     It works in inference mode, too, so that ``validate``, ``test`` and ``predict`` may adapt.
 
@@ -52,8 +54,16 @@ def adapt(
         copied, loss_fn, inner_lr=inner_lr, num_inner_steps=num_inner_steps, adapts=adapts, backend="loop"
     )
     (adapted,) = step.adapted([(support, support)])
-    with torch.no_grad():
-        for name, value in copied.named_parameters():
-            if name in adapted:
-                value.copy_(adapted[name])
+    take(copied, adapted)
     return copied
+
+
+def take(module: nn.Module, adapted: Mapping[str, Tensor]) -> list[str]:
+    """Give a module the parameters and buffers of these names; returns those that were others before."""
+    changed = []
+    with torch.no_grad():
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if name in adapted and not torch.equal(value, adapted[name]):
+                value.copy_(adapted[name])
+                changed.append(name)
+    return changed

@@ -19,6 +19,7 @@ from lightning_optcore.meta.tasks import MetaLearningError, stacked
 # (support, query)
 Task = tuple[Any, Any]
 TaskFamily = Callable[[torch.Generator], Task]
+TaskTransform = Callable[[Task, torch.Generator], Task]
 STAGES = ("train", "val", "test")
 
 
@@ -33,6 +34,7 @@ class LabelledEpisodes(Dataset[Task]):
         num_query: Samples of each class in the query set, of which none is in the support set.
         classes: Labels to choose from; ``None``: all.
         seed: Of the tasks.
+        task_transform: Called with a task and a generator, e.g. :class:`~lightning_optcore.meta.Rotations`.
 
     Raises:
         MetaLearningError: If there are not so many classes, or not so many samples of one.
@@ -52,11 +54,13 @@ class LabelledEpisodes(Dataset[Task]):
         num_query: int = 15,
         classes: Sequence[int] | None = None,
         seed: int = 0,
+        task_transform: TaskTransform | None = None,
     ) -> None:
         for name, value in (("n_way", n_way), ("k_shot", k_shot), ("num_query", num_query)):
             if value < 1:
                 raise MetaLearningError(f"{name}={value}: expected at least 1")
         self.dataset, self.n_way, self.k_shot, self.num_query, self.seed = dataset, n_way, k_shot, num_query, seed
+        self.task_transform = task_transform
         labels = labels_of(dataset)
         self.classes = sorted(set(labels.tolist())) if classes is None else list(classes)
         if len(self.classes) < n_way:
@@ -80,7 +84,8 @@ class LabelledEpisodes(Dataset[Task]):
             order = members[torch.randperm(len(members), generator=generator)[: self.k_shot + self.num_query]].tolist()
             support += order[: self.k_shot]
             query += order[self.k_shot :]
-        return self._set(support, self.k_shot), self._set(query, self.num_query)
+        task = self._set(support, self.k_shot), self._set(query, self.num_query)
+        return task if self.task_transform is None else self.task_transform(task, generator)
 
     def _set(self, indices: Sequence[int], each: int) -> tuple[Any, Tensor]:
         return stacked([self.dataset[i][0] for i in indices]), torch.arange(self.n_way).repeat_interleave(each)
@@ -195,6 +200,7 @@ class EpisodicDataModule(LightningDataModule):
             these two share theirs where there are fewer than three times ``n_way``.
         num_workers: Worker processes of the loaders.
         seed: Of the tasks.
+        task_transform: Changes each task of labelled data, e.g. :class:`~lightning_optcore.meta.Rotations`.
 
     Raises:
         MetaLearningError: If an argument is out of its range, or the data have too few classes or samples.
@@ -221,6 +227,7 @@ class EpisodicDataModule(LightningDataModule):
         classes: Mapping[str, Sequence[int]] | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        task_transform: TaskTransform | None = None,
     ) -> None:
         super().__init__()
         counts = {"train": num_train_tasks, "val": num_val_tasks, "test": num_test_tasks}
@@ -236,6 +243,7 @@ class EpisodicDataModule(LightningDataModule):
         self.classes = classes
         self.num_workers = num_workers
         self.seed = seed
+        self.task_transform = task_transform
         self._episodes: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -260,7 +268,7 @@ class EpisodicDataModule(LightningDataModule):
             if (dataset := labelled[name]) is not None:
                 assert chosen is not None
                 self._episodes[name] = LabelledEpisodes(
-                    dataset, self.n_way, self.k_shot, self.num_query, chosen[name], seed
+                    dataset, self.n_way, self.k_shot, self.num_query, chosen[name], seed, self.task_transform
                 )
             else:
                 self._episodes[name] = self._other_episodes(source, name, seed)
@@ -278,6 +286,13 @@ class EpisodicDataModule(LightningDataModule):
         return self._loader("test")
 
     predict_dataloader = test_dataloader
+
+    def test_task(self, index: int) -> Task:
+        """Return one of the tasks of the test."""
+        if "test" not in self._episodes:
+            raise MetaLearningError("source: has no test, or setup() was not called")
+        task: Task = self._episodes["test"][index]
+        return task
 
     def _sources(self) -> dict[str, Any]:
         if not isinstance(self.source, Mapping):
@@ -322,6 +337,56 @@ class EpisodicDataModule(LightningDataModule):
         epoch = self.trainer.fit_loop.epoch_loop
         batches = -(-(self.counts["train"] // self._ranks()[0]) // self.tasks_per_batch)
         return (epoch.batch_progress.current.completed % batches) * self.tasks_per_batch
+
+
+class TaskDataModule(LightningDataModule):
+    """One task as ordinary data: the support set is the training batch, the query set validates and tests.
+
+    Args:
+        episodes: What the task is one of.
+        index: Its number among those of the test.
+
+    Example:
+        >>> from lightning_optcore.data import Digits
+        >>> task = TaskDataModule(EpisodicDataModule(Digits(), k_shot=2, num_query=5), index=3)
+        >>> task.setup()
+        >>> (x, labels), = task.train_dataloader()
+        >>> x.shape
+        torch.Size([10, 1, 8, 8])
+    """
+
+    def __init__(self, episodes: EpisodicDataModule, index: int = 0) -> None:
+        super().__init__()
+        if index < 0:
+            raise MetaLearningError(f"index={index}: expected 0 or more")
+        self.episodes = episodes
+        self.index = index
+        self._task: Task | None = None
+
+    def prepare_data(self) -> None:
+        """Let the source prepare its data."""
+        self.episodes.prepare_data()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the task."""
+        self.episodes.setup()
+        if self._task is None:
+            self._task = self.episodes.test_task(self.index)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """One batch: the support set."""
+        return self._loader(0)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """One batch: the query set."""
+        return self._loader(1)
+
+    test_dataloader = val_dataloader
+
+    def _loader(self, place: int) -> DataLoader[Any]:
+        if self._task is None:
+            raise MetaLearningError("call setup() before asking for a loader")
+        return DataLoader([self._task[place]], batch_size=None)  # type: ignore[arg-type]
 
 
 def collate_tasks(tasks: Sequence[Task]) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # loss_fn(module, batch) -> scalar
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -98,3 +100,17 @@ def descend(
             for name, value in parameters.items()
         }
     return parameters
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[bool]:
+    """Let batch norm use and keep the statistics of a single batch; yields whether there is any that keeps some."""
+    norms = [one for one in module.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
+    earlier = [(one.training, one.momentum) for one in norms]
+    for one in norms:
+        one.training, one.momentum = True, 1.0
+    try:
+        yield bool(norms)
+    finally:
+        for one, (training, momentum) in zip(norms, earlier, strict=True):
+            one.training, one.momentum = training, momentum

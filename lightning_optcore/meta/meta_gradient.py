@@ -23,6 +23,7 @@ from lightning_optcore.meta.functional import (
     Gradient,
     LossFunction,
     Parameters,
+    batch_statistics,
     by_autograd,
     by_transform,
     descend,
@@ -176,9 +177,10 @@ class MetaGradient:
             return self._run(self.chosen or "loop", parameters, buffers, given, batch)
 
     def adapted(self, tasks: Tasks, rates: Mapping[str, Tensor] | None = None) -> list[Parameters]:
-        """Return, of every task, all parameters after adaptation to its support set; no gradient flows through them.
+        """Return, of every task, the parameters and buffers after adaptation to its support set, without a graph.
 
-        It works in inference mode, too.
+        Batch norm normalizes by the support set's statistics, and keeps these, so that the adapted module can be
+        evaluated, and deployed. It works in inference mode, too.
 
         Args:
             tasks: As for a call.
@@ -190,9 +192,14 @@ class MetaGradient:
         given = {name: rate.detach() for name, rate in (rates or {}).items()}
 
         def after(support: Any) -> Parameters:
-            return self._after(parameters, buffers, given, [support], first_order=True)
+            fast = self._after(parameters, buffers, given, [support], first_order=True)
+            kept = _own(buffers, support)
+            if tracking:
+                with torch.no_grad():
+                    self._with_aux(fast, kept, support)
+            return {**fast, **kept}
 
-        with _errors_named(), sdpa_kernel(SDPBackend.MATH):
+        with _errors_named(), sdpa_kernel(SDPBackend.MATH), batch_statistics(self.module) as tracking:
             if batch.alike and self.chosen != "loop":
                 try:
                     together = torch.vmap(after, randomness="different")(batch.supports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from lightning_optcore.meta.algorithms import in_head, last_layer
 from lightning_optcore.meta.functional import Parameters, learned_parameters
-from lightning_optcore.meta.learners import GradientLearner, Learner, PrototypeLearner
+from lightning_optcore.meta.learners import PRE_ADAPTATION, GradientLearner, Learner, PrototypeLearner
 from lightning_optcore.meta.meta_gradient import BACKENDS, Backend, MetaStep
 from lightning_optcore.meta.recorded_step import Step
 from lightning_optcore.meta.tasks import MetaLearningError, TaskBatch, task_batch
 from lightning_optcore.random_states import random_states, restore_random_states
+
+log = logging.getLogger(__name__)
 
 STEP = "meta_learning"
 Algorithm = Literal["maml", "fomaml", "anil", "meta_sgd", "reptile", "protonet"]
@@ -33,8 +36,8 @@ class MetaLearning(Callback):
     such mappings, one for each task, where their shapes differ. The module's steps see one task's set at a time, as
     if it were an ordinary batch. In training the module's own optimizer steps along the gradient of the query loss
     after adaptation to the support set. In validation, test and prediction the module is adapted to each task's
-    support set, and its own step sees the query set. What the steps log is the mean over the tasks after adaptation;
-    ``pre_adaptation/<name>`` is the same before it.
+    support set, batch norm to its statistics, and its own step sees the query set. What the steps log is the mean over
+    the tasks after adaptation; ``pre_adaptation/<name>`` is the same before it.
 
     The checkpoint holds the learned inner rates and the state of random numbers: a resumed training ends as it would
     have without the interruption.
@@ -66,6 +69,9 @@ class MetaLearning(Callback):
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[MetaLearning(algorithm="anil", adaptation_steps=5)], logger=False)
     """
+
+    # Who validates the module without this callback cannot read its batches.
+    changes_steps = True
 
     def __init__(
         self,
@@ -144,6 +150,15 @@ class MetaLearning(Callback):
             trainer.optimizers[0].param_groups[0]["params"].extend(self._rates.values())
         if self.meta_learning_rate is not None:
             _set_learning_rate(trainer, self.meta_learning_rate)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what adaptation gained."""
+        if not trainer.is_global_zero:
+            return
+        for name, before in trainer.callback_metrics.items():
+            after = trainer.callback_metrics.get(name.removeprefix(PRE_ADAPTATION))
+            if name.startswith(PRE_ADAPTATION) and after is not None:
+                log.info("%s: %.4f before adaptation, %.4f after", name.removeprefix(PRE_ADAPTATION), before, after)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer

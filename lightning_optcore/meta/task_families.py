@@ -5,10 +5,11 @@ A family is a function of a generator; its ``batch`` draws many tasks at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Pair = tuple[Tensor, Tensor]
 
@@ -87,6 +88,38 @@ class LinearSystems:
         states = torch.randn(count, self.k_shot + self.num_query, self.size, generator=generator)
         noise = self.noise * torch.randn(states.shape, generator=generator)
         return _split(states, states @ matrices.transpose(1, 2) + noise, self.k_shot)
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Turns the images of a task, all by one angle that is drawn for it: a ``task_transform`` of episodes.
+
+    Args:
+        max_degrees: Greatest angle, to either side.
+
+    Example:
+        >>> import torch
+        >>> images, labels = torch.rand(6, 1, 8, 8), torch.arange(6)
+        >>> (turned, _), _ = Rotations(90)(((images, labels), (images, labels)), torch.Generator().manual_seed(0))
+        >>> turned.shape
+        torch.Size([6, 1, 8, 8])
+    """
+
+    max_degrees: float = 180.0
+
+    def __call__(self, task: tuple[Pair, Pair], generator: torch.Generator) -> tuple[Pair, Pair]:
+        """Return the task with images (samples, channels, height, width) turned."""
+        limit = math.radians(self.max_degrees)
+        angle = _between((-limit, limit), torch.rand((), generator=generator))
+        (images, labels), (queried, wanted) = task
+        return (_turned(images, angle), labels), (_turned(queried, angle), wanted)
+
+
+def _turned(images: Tensor, angle: Tensor) -> Tensor:
+    cosine, sine, zero = torch.cos(angle), torch.sin(angle), torch.zeros(())
+    matrix = torch.stack([torch.stack([cosine, -sine, zero]), torch.stack([sine, cosine, zero])])
+    grid = nn.functional.affine_grid(matrix.expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    return nn.functional.grid_sample(images, grid, align_corners=False)
 
 
 def _between(limits: tuple[float, float], shares: Tensor) -> Tensor:
