@@ -14,7 +14,7 @@ demo: $(VENV)/.installed-plots  ## train, quantize, measure and report, on real 
 	$(BIN)/optcore train experiment=demo
 
 test: $(VENV)/.installed-test  ## run the tests
-	OMP_NUM_THREADS=1 timeout -s KILL 3000 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 timeout -s KILL 3000 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --durations 25
 
 lint: $(VENV)/.installed-test  ## ruff, mypy, import rules, dependencies
 	$(BIN)/ruff check .
