@@ -9,6 +9,11 @@ from lightning_optcore.compression.mixed_precision import MixedPrecision
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
 from lightning_optcore.compression.structured_pruning import StructuredPruning
+from lightning_optcore.meta.continual.averaged_gem import AveragedGEM
+from lightning_optcore.meta.continual.elastic_weight_consolidation import ElasticWeightConsolidation
+from lightning_optcore.meta.continual.experience_replay import ExperienceReplay
+from lightning_optcore.meta.continual.learning_without_forgetting import LearningWithoutForgetting
+from lightning_optcore.meta.continual.synaptic_intelligence import SynapticIntelligence
 from lightning_optcore.nas.differentiable_search import DifferentiableSearch
 from lightning_optcore.nas.sampled_training import SampledTraining
 from lightning_optcore.profiling.performance_profiler import PerformanceProfiler
@@ -16,10 +21,14 @@ from lightning_optcore.sweeps.population import PopulationMember
 from lightning_optcore.sweeps.pruning import TrialPruning
 
 __all__ = [
+    "AveragedGEM",
     "DifferentiableSearch",
+    "ElasticWeightConsolidation",
+    "ExperienceReplay",
     "KernelFusion",
     "KnowledgeDistillation",
     "LayerwiseAllocation",
+    "LearningWithoutForgetting",
     "LowRankFactorization",
     "MagnitudePruning",
     "MixedPrecision",
@@ -29,5 +38,6 @@ __all__ = [
     "QuantizationAwareTraining",
     "SampledTraining",
     "StructuredPruning",
+    "SynapticIntelligence",
     "TrialPruning",
 ]

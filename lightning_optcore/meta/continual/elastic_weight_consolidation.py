@@ -1,0 +1,298 @@
+"""Elastic weight consolidation: weights that earlier tasks need are held where these left them.
+
+Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (arXiv:1612.00796); online:
+Schwarz et al., "Progress & Compress", ICML 2018 (arXiv:1805.06370), with the one anchor of Huszár (arXiv:1712.03847).
+The Fisher information is exact per sample, through ``torch.func``, and of the model's own predictions: that of the data's
+labels vanishes where these are fitted (Kunstner, Balles and Hennig, NeurIPS 2019, arXiv:1905.12558).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from lightning_optcore.measurement.forward_calls import submodule
+from lightning_optcore.measurement.inputs import Inputs, tensors_in
+from lightning_optcore.meta.continual.boundary import TaskCallback
+from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, scaled_to_mean, trained_parameters
+from lightning_optcore.meta.continual.stepping import (
+    NetworkWatcher,
+    batch_size_of,
+    evaluating,
+    logits_of,
+    loss_aside,
+    training_batches,
+)
+
+STEP = "elastic_weight_consolidation"
+FISHERS = ("auto", "model", "data")
+# Numbers of per-sample gradients that are held at once.
+_MOST_NUMBERS = 2**24
+
+
+def fisher_diagonal(network: nn.Module, inputs: Iterable[Inputs], *, labels_per_sample: int | None = None) -> Tensors:
+    """Return the diagonal of a classifier's Fisher information, averaged over samples.
+
+    Args:
+        network: Returns logits (samples, classes), or a mapping with ``logits``; its mode and weights stay.
+        inputs: Batches of what it is called with.
+        labels_per_sample: Labels drawn of each prediction; ``None`` takes the expectation over all classes, which
+            costs a gradient a class.
+
+    Returns:
+        By the name of each parameter with a gradient, in its shape.
+
+    Raises:
+        ValueError: If there is no sample, or the network gives no logits.
+
+    Example:
+        >>> network = nn.Linear(2, 3)
+        >>> fisher_diagonal(network, [Inputs.of(torch.randn(5, 2))])["weight"].shape
+        torch.Size([3, 2])
+    """
+    parameters = {name: value.detach() for name, value in trained_parameters(network).items()}
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    chunk = max(1, _MOST_NUMBERS // max(1, sum(value.numel() for value in parameters.values())))
+    count = 0
+    with evaluating(network):
+        for batch in inputs:
+            for start in range(0, batch.batch_size, chunk):
+                part = batch.samples(start, min(start + chunk, batch.batch_size))
+                count += part.batch_size
+                for name, value in _squares(network, parameters, part, labels_per_sample).items():
+                    total[name] += value
+    if count == 0:
+        raise ValueError("no sample to compute the Fisher information of")
+    return {name: value / count for name, value in total.items()}
+
+
+def _squares(network: nn.Module, parameters: Tensors, inputs: Inputs, labels_per_sample: int | None) -> Tensors:
+    with torch.no_grad():
+        logits = logits_of(inputs.call(network))
+    if logits is None or logits.dim() != 2:
+        raise ValueError("the network gives no logits (samples, classes)")
+    shares = logits.float().softmax(1)
+    if labels_per_sample is None:
+        labels, weights = torch.arange(shares.shape[1], device=shares.device).expand_as(shares), shares
+    else:
+        labels = torch.multinomial(shares, labels_per_sample, replacement=True)
+        weights = torch.full_like(labels, 1 / labels_per_sample, dtype=shares.dtype)
+    axes, tensors = inputs.batch_axes(), inputs.tensors()
+
+    def log_likelihood(values: Tensors, label: Tensor, *sample: Tensor) -> Tensor:
+        whole = iter(
+            tensor if axis is None else tensor.unsqueeze(axis) for tensor, axis in zip(sample, axes, strict=True)
+        )
+        one = inputs.map(lambda _: next(whole))
+        found = logits_of(functional_call(network, values, one.args, one.kwargs))
+        assert found is not None
+        return found.float().log_softmax(1)[0].gather(0, label[None])[0]
+
+    gradient = grad(log_likelihood)
+    batched = vmap(gradient, in_dims=(None, 0, *axes), randomness="different")
+    total: Tensors = {}
+    for label, weight in zip(labels.T, weights.T, strict=True):
+        try:
+            found = batched(parameters, label, *tensors)
+        except RuntimeError:
+            # Of an operation without a rule for batches, e.g. a recurrent cell.
+            found = _one_by_one(gradient, parameters, label, tensors, axes)
+        for name, value in found.items():
+            square = torch.einsum("b...,b...,b->...", value, value, weight.to(value))
+            total[name] = total[name] + square if name in total else square
+    return total
+
+
+def _one_by_one(gradient: Any, parameters: Tensors, label: Tensor, tensors: list[Tensor], axes: list[Any]) -> Tensors:
+    found = [
+        gradient(
+            parameters,
+            label[i],
+            *(tensor if axis is None else tensor.select(axis, i) for tensor, axis in zip(tensors, axes, strict=True)),
+        )
+        for i in range(len(label))
+    ]
+    return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+
+def squared_gradients(losses: Iterable[Tensor], parameters: Tensors) -> Tensors:
+    """Return the mean square of the gradients of losses, one a sample: the empirical Fisher information's diagonal.
+
+    Args:
+        losses: Scalars, each differentiated before the next one is asked for.
+        parameters: By name.
+
+    Raises:
+        ValueError: If there is no loss.
+
+    Example:
+        >>> p = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> squared_gradients(((p * x).sum() for x in (1.0, 3.0)), {"p": p})
+        {'p': tensor([5., 5.])}
+    """
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    count = 0
+    for loss in losses:
+        count += 1
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient.detach().square()
+    if count == 0:
+        raise ValueError("no sample to compute the Fisher information of")
+    return {name: (value / count).detach() for name, value in total.items()}
+
+
+class ElasticWeightConsolidation(TaskCallback):
+    """Hold the weights that earlier tasks need where these left them.
+
+    A task is a fit: give one callback object to the fits of one module, one after the other. At the end of a fit the
+    Fisher information says how much each weight matters; after every step of a later fit the weights are pulled back, by
+    the proximal operator of the penalty, which is stable at any strength and with any optimizer.
+
+    Args:
+        strength: Of the pull. The importance is scaled to a mean of 1, unless ``normalize`` is off.
+        online: Pull to the weights after the last task alone; else to those after every task.
+        decay: What is left of the importance of earlier tasks whenever one ends.
+        fisher: ``"model"``: of the labels that the model itself predicts; it needs a network that returns logits
+            (samples, classes) and holds all trained parameters. ``"data"``: of your own loss, sample by sample.
+            ``"auto"``: the first where it can be.
+        fisher_samples: Training samples that it is computed of, at the end of a fit.
+        labels_per_sample: Labels drawn of each prediction; ``None`` takes all classes into account.
+        normalize: Scale each task's importance to a mean of 1.
+
+    Raises:
+        MisconfigurationException: If an option makes no sense, or the model's shape changes between tasks.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ElasticWeightConsolidation(strength=100.0)], logger=False)
+    """
+
+    def __init__(
+        self,
+        strength: float = 100.0,
+        online: bool = False,
+        decay: float = 1.0,
+        fisher: str = "auto",
+        fisher_samples: int = 1000,
+        labels_per_sample: int | None = None,
+        normalize: bool = True,
+    ) -> None:
+        super().__init__()
+        if not strength >= 0:
+            raise MisconfigurationException(f"{STEP}.strength={strength}: expected at least 0")
+        if not 0 <= decay <= 1:
+            raise MisconfigurationException(f"{STEP}.decay={decay}: expected a share from 0 to 1")
+        if fisher not in FISHERS:
+            raise MisconfigurationException(f"{STEP}.fisher={fisher!r}: expected one of {', '.join(FISHERS)}")
+        for key, value in (("fisher_samples", fisher_samples), ("labels_per_sample", labels_per_sample)):
+            if value is not None and value < 1:
+                raise MisconfigurationException(f"{STEP}.{key}={value}: expected at least 1")
+        self.strength = strength
+        self.online = online
+        self.decay = decay
+        self.fisher = fisher
+        self.fisher_samples = fisher_samples
+        self.labels_per_sample = labels_per_sample
+        self.normalize = normalize
+        self.penalty = QuadraticPenalty()
+
+    def begin_task(self, trainer: Any, pl_module: Any) -> None:
+        """Pull after every step, once there is a task to remember."""
+        if not self.penalty.anchors or self.strength == 0:
+            return
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+
+        def pull(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                known = [(names[id(p)], p) for p in group["params"] if id(p) in names]
+                self.penalty.pull_(known, self.strength, float(group["lr"]))
+
+        self._after_steps(trainer, pull)
+
+    def end_task(self, trainer: Any, pl_module: Any) -> None:
+        """Find out what the task needs."""
+        found = self._importance(trainer, pl_module)
+        reduced = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in found.items()}
+        importance = scaled_to_mean(reduced) if self.normalize else reduced
+        self.penalty.add(importance, trained_parameters(pl_module), online=self.online, decay=self.decay)
+
+    def _importance(self, trainer: Any, pl_module: Any) -> Tensors:
+        # Random labels, and what the steps draw, are no business of the training that goes on.
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), evaluating(pl_module):
+            torch.manual_seed(self.num_tasks)
+            if self.fisher != "data":
+                watcher = NetworkWatcher()
+                batches = _first_samples(training_batches(trainer, pl_module), self.fisher_samples)
+                first = next(batches, None)
+                reason = self._unfit(pl_module, watcher, first)
+                if reason is None:
+                    network = submodule(pl_module, watcher.name or "")
+                    prefix = f"{watcher.name}." if watcher.name else ""
+                    inputs = (inputs for batch in _chain(first, batches) for inputs in _inputs(pl_module, watcher, batch))
+                    found = fisher_diagonal(network, inputs, labels_per_sample=self.labels_per_sample)
+                    return {f"{prefix}{name}": value for name, value in found.items()}
+                if self.fisher == "model":
+                    raise MisconfigurationException(f"{STEP}.fisher=model: {reason}; set {STEP}.fisher=data")
+            samples = _first_samples(training_batches(trainer, pl_module), self.fisher_samples)
+            losses = (
+                loss_aside(pl_module, Inputs((batch,)).samples(i, i + 1).args[0])
+                for batch in samples
+                for i in range(batch_size_of(batch))
+            )
+            return squared_gradients((loss for loss in losses if loss is not None), trained_parameters(pl_module))
+
+    def _unfit(self, pl_module: Any, watcher: NetworkWatcher, batch: Any) -> str | None:
+        """Return why the network's own predictions cannot be used; ``None`` if they can."""
+        if batch is None:
+            return "there is no training batch"
+        with torch.no_grad(), watcher.watching(pl_module) as calls:
+            loss_aside(pl_module, batch)
+        if len(calls) != 1:
+            return f"a training step calls its network {len(calls)} times, not once"
+        logits, size = logits_of(calls[0].output), batch_size_of(batch)
+        labelled = any(t.dim() == 1 and len(t) == size and _is_integer(t) for t in tensors_in(batch))
+        if logits is None or logits.shape[:-1] != (size,) or not labelled:
+            return "the network returns no logits (samples, classes) for labels (samples,)"
+        inside = {id(p) for p in submodule(pl_module, watcher.name or "").parameters()}
+        outside = [name for name, p in trained_parameters(pl_module).items() if id(p) not in inside]
+        return f"{outside[0]} is no parameter of {watcher.name}, the largest network that a step calls" if outside else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the importance and the anchors."""
+        return {"num_tasks": self.num_tasks, "penalty": self.penalty.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take those of the interrupted run."""
+        self.num_tasks = state_dict["num_tasks"]
+        self.penalty.load_state_dict(state_dict["penalty"])
+
+
+def _inputs(pl_module: Any, watcher: NetworkWatcher, batch: Any) -> Iterator[Inputs]:
+    with torch.no_grad(), watcher.watching(pl_module) as calls:
+        loss_aside(pl_module, batch)
+    yield from (call.inputs for call in calls)
+
+
+def _first_samples(batches: Iterable[Any], number: int) -> Iterator[Any]:
+    for batch in batches:
+        size = batch_size_of(batch)
+        yield batch if size <= number else Inputs((batch,)).samples(0, number).args[0]
+        number -= size
+        if number <= 0:
+            return
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool

@@ -1,0 +1,159 @@
+"""Learning without forgetting: on the new task's samples the outputs stay near what they were after the last one.
+
+Li and Hoiem, "Learning without Forgetting", ECCV 2016 (arXiv:1606.09282).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_optcore.compression.distillation import distillation_loss
+from lightning_optcore.measurement.forward_calls import detached_copy, submodule
+from lightning_optcore.measurement.inputs import tensors_in
+from lightning_optcore.meta.continual.boundary import TaskCallback
+from lightning_optcore.meta.continual.stepping import Call, NetworkWatcher, Step, join_step, logits_of
+
+STEP = "learning_without_forgetting"
+
+
+def retention_loss(present: Tensor, former: Tensor, temperature: float = 2.0) -> Tensor:
+    """Return how far outputs are from former ones; outputs that came since, at the end of axis 1, are free.
+
+    Args:
+        present: Logits (samples, classes, ...).
+        former: Logits of the same samples, of as many classes or fewer.
+        temperature: Softens both distributions.
+
+    Raises:
+        ValueError: If the shapes do not go together.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, 5.0]])
+        >>> float(retention_loss(logits, logits[:, :2]))
+        0.0
+    """
+    return distillation_loss(present[:, : former.shape[1]], former, temperature=temperature)
+
+
+class LearningWithoutForgetting(TaskCallback):
+    """Keep the outputs on the new task's samples near what the model gave after the last task; no sample is kept.
+
+    A task is a fit: give one callback object to the fits of one module, one after the other. It needs a network that
+    returns logits, as a tensor (samples, classes, ...) or under ``logits``. Works with automatic and manual optimization
+    (there the first ``manual_backward`` of a step carries it).
+
+    Args:
+        strength: Weight of the distance beside your own loss.
+        temperature: Softens the distributions.
+
+    Raises:
+        MisconfigurationException: If an option makes no sense, or the network gives no logits.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[LearningWithoutForgetting(strength=1.0)], logger=False)
+    """
+
+    def __init__(self, strength: float = 1.0, temperature: float = 2.0) -> None:
+        super().__init__()
+        if not strength >= 0:
+            raise MisconfigurationException(f"{STEP}.strength={strength}: expected at least 0")
+        if not temperature > 0:
+            raise MisconfigurationException(f"{STEP}.temperature={temperature}: expected more than 0")
+        self.strength = strength
+        self.temperature = temperature
+        self._former: nn.Module | None = None
+        self._restored: dict[str, Tensor] | None = None
+        self._watcher = NetworkWatcher()
+        self._used = False
+
+    def begin_task(self, trainer: Any, pl_module: Any) -> None:
+        """Let the former model join the training step, once there is one."""
+        if self._restored is not None:
+            self._former = _frozen_copy(pl_module)
+            try:
+                self._former.load_state_dict(self._restored)
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:300]
+                raise MisconfigurationException(f"{STEP}: the checkpoint's former model: {reason}") from error
+            self._restored = None
+        if self._former is None or self.strength == 0:
+            return
+        self._former.to(pl_module.device)
+        self._watcher = NetworkWatcher()
+        own_backward = pl_module.manual_backward
+
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            own_backward(loss + self._taken(pl_module), *args, **kwargs)
+
+        join_step(pl_module, lambda step: self._joined(pl_module, step))
+        if not pl_module.automatic_optimization:
+            pl_module.manual_backward = manual_backward
+
+    def _joined(self, pl_module: Any, step: Step) -> Step:
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            self._used = False
+            with self._watcher.watching(pl_module):
+                output = step(*args, **kwargs)
+                if not pl_module.automatic_optimization or output is None:
+                    return output
+                added = self._taken(pl_module)
+            if isinstance(output, Mapping):
+                return {**output, "loss": output["loss"] + added}
+            return output + added
+
+        return training_step
+
+    def _taken(self, pl_module: Any) -> Tensor | float:
+        """Return what the calls of a step so far add to its loss, once a step."""
+        if self._used:
+            return 0.0
+        self._used = True
+        calls = self._watcher.calls(pl_module)
+        if not calls:
+            raise MisconfigurationException(f"{STEP}: training_step calls no module with parameters")
+        added = self.strength * torch.stack([self._distance(call) for call in calls]).mean()
+        pl_module.log("train/retention", added.detach())
+        return added
+
+    def _distance(self, call: Call) -> Tensor:
+        assert self._former is not None
+        with torch.no_grad():
+            former = logits_of(call.inputs.call(submodule(self._former, self._watcher.name or "")))
+        present = logits_of(call.output)
+        if present is None or former is None:
+            shapes = [tuple(tensor.shape) for tensor in tensors_in(call.output)]
+            raise MisconfigurationException(
+                f"{STEP}: {self._watcher.name or 'the model'} gives {shapes}; expected logits (samples, classes)"
+            )
+        try:
+            return retention_loss(present, former, self.temperature)
+        except ValueError as error:
+            raise MisconfigurationException(f"{STEP}: {error}") from error
+
+    def end_task(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the model as it is now."""
+        self._former = _frozen_copy(pl_module)
+
+    def _leave(self, pl_module: Any) -> None:
+        super()._leave(pl_module)
+        pl_module.__dict__.pop("manual_backward", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the former weights."""
+        former = self._restored if self._former is None else dict(self._former.state_dict())
+        return {"num_tasks": self.num_tasks, "former": former}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take those of the interrupted run."""
+        self.num_tasks = state_dict["num_tasks"]
+        self._former, self._restored = None, state_dict["former"]
+
+
+def _frozen_copy(pl_module: nn.Module) -> nn.Module:
+    return detached_copy(pl_module).requires_grad_(False).eval()
