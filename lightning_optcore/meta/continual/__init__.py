@@ -1,4 +1,4 @@
-"""Continual learning: what keeps a model from forgetting its earlier tasks, and the plan that drives a sequence of them.
+"""Continual learning: what keeps a model from forgetting earlier tasks, and the plan that drives a sequence of them.
 
 Names are resolved on first use, so that torch is not loaded before it is needed.
 """

@@ -1,8 +1,8 @@
 """What a model knows of every task after each: the accuracy matrix, and what is read from it.
 
-Average accuracy, backward and forward transfer: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning",
-NeurIPS 2017 (arXiv:1706.08840). Forgetting: Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018
-(arXiv:1801.10112).
+Average accuracy, backward and forward transfer: Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual
+Learning", NeurIPS 2017 (arXiv:1706.08840). Forgetting: Chaudhry et al., "Riemannian Walk for Incremental Learning",
+ECCV 2018 (arXiv:1801.10112).
 """
 
 from __future__ import annotations

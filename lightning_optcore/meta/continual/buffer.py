@@ -49,8 +49,8 @@ class SampleBuffer:
 
     Args:
         size: Samples that it may hold.
-        balance: ``"none"``: a uniform sample of the stream. ``"task"``: as many of each task. ``"class"``: as many of each
-            class of each task.
+        balance: ``"none"``: a uniform sample of the stream. ``"task"``: as many of each task. ``"class"``: as many of
+            each class of each task.
         label: Key or index of the class labels (samples,) in a batch; by default the last tensor of integers that has
             one number a sample.
         seed: Of what is kept and drawn.
@@ -126,7 +126,9 @@ class SampleBuffer:
                     f"memory ({limit:,} bytes) and the disk of {folder} ({free:,} bytes free) hold; at most "
                     f"{int(0.9 * max(limit, free)) // bytes_each:,} fit, or set {self.owner}.folder to a larger disk"
                 )
-            self._file = tempfile.TemporaryDirectory(prefix="optcore-replay-", dir=self.folder, ignore_cleanup_errors=True)
+            self._file = tempfile.TemporaryDirectory(
+                prefix="optcore-replay-", dir=self.folder, ignore_cleanup_errors=True
+            )
         self._values = [self._room(i, tensor) for i, tensor in enumerate(samples)]
 
     def _room(self, number: int, like: Tensor) -> Tensor:

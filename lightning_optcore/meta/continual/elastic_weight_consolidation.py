@@ -2,13 +2,14 @@
 
 Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017 (arXiv:1612.00796); online:
 Schwarz et al., "Progress & Compress", ICML 2018 (arXiv:1805.06370), with the one anchor of Huszár (arXiv:1712.03847).
-The Fisher information is exact per sample, through ``torch.func``, and of the model's own predictions: that of the data's
-labels vanishes where these are fitted (Kunstner, Balles and Hennig, NeurIPS 2019, arXiv:1905.12558).
+The Fisher information is exact per sample, through ``torch.func``, and of the model's own predictions: that of the
+data's labels vanishes where these are fitted (Kunstner, Balles and Hennig, NeurIPS 2019, arXiv:1905.12558).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from torch.func import functional_call, grad, vmap
 from lightning_optcore.measurement.forward_calls import submodule
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
 from lightning_optcore.meta.continual.boundary import TaskCallback
-from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, scaled_to_mean, trained_parameters
+from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, in_full, scaled, trained_parameters
 from lightning_optcore.meta.continual.stepping import (
-    NetworkWatcher,
+    Call,
     batch_size_of,
+    calls_recorded,
     evaluating,
     logits_of,
     loss_aside,
@@ -56,7 +58,7 @@ def fisher_diagonal(network: nn.Module, inputs: Iterable[Inputs], *, labels_per_
         torch.Size([3, 2])
     """
     parameters = {name: value.detach() for name, value in trained_parameters(network).items()}
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    total = {name: in_full(value) for name, value in parameters.items()}
     chunk = max(1, _MOST_NUMBERS // max(1, sum(value.numel() for value in parameters.values())))
     count = 0
     with evaluating(network):
@@ -120,7 +122,7 @@ def _one_by_one(gradient: Any, parameters: Tensors, label: Tensor, tensors: list
     return {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
 
-def squared_gradients(losses: Iterable[Tensor], parameters: Tensors) -> Tensors:
+def squared_gradients(losses: Iterable[Tensor], parameters: Mapping[str, Tensor]) -> Tensors:
     """Return the mean square of the gradients of losses, one a sample: the empirical Fisher information's diagonal.
 
     Args:
@@ -135,7 +137,7 @@ def squared_gradients(losses: Iterable[Tensor], parameters: Tensors) -> Tensors:
         >>> squared_gradients(((p * x).sum() for x in (1.0, 3.0)), {"p": p})
         {'p': tensor([5., 5.])}
     """
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    total = {name: in_full(value) for name, value in parameters.items()}
     count = 0
     for loss in losses:
         count += 1
@@ -152,19 +154,19 @@ class ElasticWeightConsolidation(TaskCallback):
     """Hold the weights that earlier tasks need where these left them.
 
     A task is a fit: give one callback object to the fits of one module, one after the other. At the end of a fit the
-    Fisher information says how much each weight matters; after every step of a later fit the weights are pulled back, by
-    the proximal operator of the penalty, which is stable at any strength and with any optimizer.
+    Fisher information says how much each weight matters; after every step of a later fit the weights are pulled back,
+    by the proximal operator of the penalty in the optimizer's own metric, which is stable at any strength.
 
     Args:
-        strength: Of the pull. The importance is scaled to a mean of 1, unless ``normalize`` is off.
-        online: Pull to the weights after the last task alone; else to those after every task.
+        strength: Of the pull.
+        online: Pull to the weights after the last task alone; else to those after every task, which lets go of more.
         decay: What is left of the importance of earlier tasks whenever one ends.
         fisher: ``"model"``: of the labels that the model itself predicts; it needs a network that returns logits
             (samples, classes) and holds all trained parameters. ``"data"``: of your own loss, sample by sample.
             ``"auto"``: the first where it can be.
         fisher_samples: Training samples that it is computed of, at the end of a fit.
         labels_per_sample: Labels drawn of each prediction; ``None`` takes all classes into account.
-        normalize: Scale each task's importance to a mean of 1.
+        normalize: Scale each task's importance to a mean of .001, so that a strength means the same for any model.
 
     Raises:
         MisconfigurationException: If an option makes no sense, or the model's shape changes between tasks.
@@ -177,11 +179,11 @@ class ElasticWeightConsolidation(TaskCallback):
     def __init__(
         self,
         strength: float = 100.0,
-        online: bool = False,
+        online: bool = True,
         decay: float = 1.0,
         fisher: str = "auto",
         fisher_samples: int = 1000,
-        labels_per_sample: int | None = None,
+        labels_per_sample: int | None = 1,
         normalize: bool = True,
     ) -> None:
         super().__init__()
@@ -208,19 +210,13 @@ class ElasticWeightConsolidation(TaskCallback):
         if not self.penalty.anchors or self.strength == 0:
             return
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-
-        def pull(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            for group in optimizer.param_groups:
-                known = [(names[id(p)], p) for p in group["params"] if id(p) in names]
-                self.penalty.pull_(known, self.strength, float(group["lr"]))
-
-        self._after_steps(trainer, pull)
+        self._after_steps(trainer, lambda optimizer, *_: self.penalty.pull_(optimizer, names, self.strength))
 
     def end_task(self, trainer: Any, pl_module: Any) -> None:
         """Find out what the task needs."""
         found = self._importance(trainer, pl_module)
         reduced = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in found.items()}
-        importance = scaled_to_mean(reduced) if self.normalize else reduced
+        importance = scaled(reduced) if self.normalize else reduced
         self.penalty.add(importance, trained_parameters(pl_module), online=self.online, decay=self.decay)
 
     def _importance(self, trainer: Any, pl_module: Any) -> Tensors:
@@ -228,14 +224,12 @@ class ElasticWeightConsolidation(TaskCallback):
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad(), evaluating(pl_module):
             torch.manual_seed(self.num_tasks)
             if self.fisher != "data":
-                watcher = NetworkWatcher()
                 batches = _first_samples(training_batches(trainer, pl_module), self.fisher_samples)
                 first = next(batches, None)
-                reason = self._unfit(pl_module, watcher, first)
+                name, reason = _classifier(pl_module, first)
                 if reason is None:
-                    network = submodule(pl_module, watcher.name or "")
-                    prefix = f"{watcher.name}." if watcher.name else ""
-                    inputs = (inputs for batch in _chain(first, batches) for inputs in _inputs(pl_module, watcher, batch))
+                    network, prefix = submodule(pl_module, name), f"{name}." if name else ""
+                    inputs = (_inputs(pl_module, batch) for batch in itertools.chain([first], batches))
                     found = fisher_diagonal(network, inputs, labels_per_sample=self.labels_per_sample)
                     return {f"{prefix}{name}": value for name, value in found.items()}
                 if self.fisher == "model":
@@ -248,22 +242,6 @@ class ElasticWeightConsolidation(TaskCallback):
             )
             return squared_gradients((loss for loss in losses if loss is not None), trained_parameters(pl_module))
 
-    def _unfit(self, pl_module: Any, watcher: NetworkWatcher, batch: Any) -> str | None:
-        """Return why the network's own predictions cannot be used; ``None`` if they can."""
-        if batch is None:
-            return "there is no training batch"
-        with torch.no_grad(), watcher.watching(pl_module) as calls:
-            loss_aside(pl_module, batch)
-        if len(calls) != 1:
-            return f"a training step calls its network {len(calls)} times, not once"
-        logits, size = logits_of(calls[0].output), batch_size_of(batch)
-        labelled = any(t.dim() == 1 and len(t) == size and _is_integer(t) for t in tensors_in(batch))
-        if logits is None or logits.shape[:-1] != (size,) or not labelled:
-            return "the network returns no logits (samples, classes) for labels (samples,)"
-        inside = {id(p) for p in submodule(pl_module, watcher.name or "").parameters()}
-        outside = [name for name, p in trained_parameters(pl_module).items() if id(p) not in inside]
-        return f"{outside[0]} is no parameter of {watcher.name}, the largest network that a step calls" if outside else None
-
     def state_dict(self) -> dict[str, Any]:
         """Return the importance and the anchors."""
         return {"num_tasks": self.num_tasks, "penalty": self.penalty.state_dict()}
@@ -274,10 +252,30 @@ class ElasticWeightConsolidation(TaskCallback):
         self.penalty.load_state_dict(state_dict["penalty"])
 
 
-def _inputs(pl_module: Any, watcher: NetworkWatcher, batch: Any) -> Iterator[Inputs]:
-    with torch.no_grad(), watcher.watching(pl_module) as calls:
+def _classifier(pl_module: Any, batch: Any) -> tuple[str, str | None]:
+    """Return the name of the network whose predictions are labels, or why there is none."""
+    if batch is None:
+        return "", "there is no training batch"
+    calls = _calls(pl_module, batch)
+    if len(calls) != 1:
+        return "", f"a training step calls {len(calls)} modules, not one network"
+    name, logits, size = calls[0].name, logits_of(calls[0].output), batch_size_of(batch)
+    labels = [t for t in tensors_in(batch) if t.shape == (size,) and _is_integer(t)]
+    if logits is None or logits.shape[:-1] != (size,) or not any(int(t.max()) < logits.shape[1] for t in labels):
+        return name, "the network returns no logits (samples, classes) for labels (samples,)"
+    inside = {id(parameter) for parameter in submodule(pl_module, name).parameters()}
+    outside = [own for own, parameter in trained_parameters(pl_module).items() if id(parameter) not in inside]
+    return name, f"{outside[0]} is trained but is no parameter of {name}" if outside else None
+
+
+def _calls(pl_module: Any, batch: Any) -> list[Call]:
+    with torch.no_grad(), calls_recorded(pl_module) as calls:
         loss_aside(pl_module, batch)
-    yield from (call.inputs for call in calls)
+    return calls
+
+
+def _inputs(pl_module: Any, batch: Any) -> Inputs:
+    return _calls(pl_module, batch)[0].inputs
 
 
 def _first_samples(batches: Iterable[Any], number: int) -> Iterator[Any]:
@@ -287,11 +285,6 @@ def _first_samples(batches: Iterable[Any], number: int) -> Iterator[Any]:
         number -= size
         if number <= 0:
             return
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _is_integer(tensor: Tensor) -> bool:

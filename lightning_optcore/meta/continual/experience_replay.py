@@ -20,9 +20,9 @@ STEP = "experience_replay"
 class ExperienceReplay(TaskCallback):
     """Learn a few samples of earlier tasks beside those of the present one.
 
-    A task is a fit: give one callback object to the fits of one module, one after the other. When a fit ends, samples of
-    its training batches go into the buffer; in later fits every batch is followed by some of them, so your own step and
-    loss see one larger batch, of any nesting of tensors.
+    A task is a fit: give one callback object to the fits of one module, one after the other. When a fit ends, samples
+    of its training batches go into the buffer; in later fits every batch is followed by some of them, so your own step
+    and loss see one larger batch, of any nesting of tensors.
 
     Args:
         size: Samples that are kept, of all tasks together.

@@ -13,10 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_optcore.compression.distillation import distillation_loss
-from lightning_optcore.measurement.forward_calls import detached_copy, submodule
+from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.measurement.inputs import tensors_in
 from lightning_optcore.meta.continual.boundary import TaskCallback
-from lightning_optcore.meta.continual.stepping import Call, NetworkWatcher, Step, join_step, logits_of
+from lightning_optcore.meta.continual.stepping import Call, Step, calls_recorded, join_step, logits_of, loss_aside
 
 STEP = "learning_without_forgetting"
 
@@ -43,9 +43,9 @@ def retention_loss(present: Tensor, former: Tensor, temperature: float = 2.0) ->
 class LearningWithoutForgetting(TaskCallback):
     """Keep the outputs on the new task's samples near what the model gave after the last task; no sample is kept.
 
-    A task is a fit: give one callback object to the fits of one module, one after the other. It needs a network that
-    returns logits, as a tensor (samples, classes, ...) or under ``logits``. Works with automatic and manual optimization
-    (there the first ``manual_backward`` of a step carries it).
+    A task is a fit: give one callback object to the fits of one module, one after the other. It needs a network
+    that returns logits, as a tensor (samples, classes, ...) or under ``logits``. Works with automatic and manual
+    optimization (there the first ``manual_backward`` of a step carries it).
 
     Args:
         strength: Weight of the distance beside your own loss.
@@ -67,10 +67,9 @@ class LearningWithoutForgetting(TaskCallback):
             raise MisconfigurationException(f"{STEP}.temperature={temperature}: expected more than 0")
         self.strength = strength
         self.temperature = temperature
-        self._former: nn.Module | None = None
+        self._former: Any = None
         self._restored: dict[str, Tensor] | None = None
-        self._watcher = NetworkWatcher()
-        self._used = False
+        self._step: tuple[Any, list[Call]] | None = None
 
     def begin_task(self, trainer: Any, pl_module: Any) -> None:
         """Let the former model join the training step, once there is one."""
@@ -84,57 +83,47 @@ class LearningWithoutForgetting(TaskCallback):
             self._restored = None
         if self._former is None or self.strength == 0:
             return
+        self._former.trainer = trainer
         self._former.to(pl_module.device)
-        self._watcher = NetworkWatcher()
-        own_backward = pl_module.manual_backward
-
-        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-            own_backward(loss + self._taken(pl_module), *args, **kwargs)
-
         join_step(pl_module, lambda step: self._joined(pl_module, step))
         if not pl_module.automatic_optimization:
+            own_backward = pl_module.manual_backward
+
+            def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+                own_backward(loss + self._added(pl_module), *args, **kwargs)
+
             pl_module.manual_backward = manual_backward
 
     def _joined(self, pl_module: Any, step: Step) -> Step:
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            self._used = False
-            with self._watcher.watching(pl_module):
-                output = step(*args, **kwargs)
-                if not pl_module.automatic_optimization or output is None:
-                    return output
-                added = self._taken(pl_module)
+        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            with calls_recorded(pl_module) as calls:
+                self._step = (batch, calls)
+                output = step(batch, *args, **kwargs)
+            if not pl_module.automatic_optimization or output is None:
+                return output
             if isinstance(output, Mapping):
-                return {**output, "loss": output["loss"] + added}
-            return output + added
+                return {**output, "loss": output["loss"] + self._added(pl_module)}
+            return output + self._added(pl_module)
 
         return training_step
 
-    def _taken(self, pl_module: Any) -> Tensor | float:
-        """Return what the calls of a step so far add to its loss, once a step."""
-        if self._used:
+    def _added(self, pl_module: Any) -> Tensor | float:
+        """Return what a step's outputs add to its loss, once a step."""
+        if self._step is None:
             return 0.0
-        self._used = True
-        calls = self._watcher.calls(pl_module)
-        if not calls:
-            raise MisconfigurationException(f"{STEP}: training_step calls no module with parameters")
-        added = self.strength * torch.stack([self._distance(call) for call in calls]).mean()
-        pl_module.log("train/retention", added.detach())
-        return added
-
-    def _distance(self, call: Call) -> Tensor:
         assert self._former is not None
-        with torch.no_grad():
-            former = logits_of(call.inputs.call(submodule(self._former, self._watcher.name or "")))
-        present = logits_of(call.output)
-        if present is None or former is None:
-            shapes = [tuple(tensor.shape) for tensor in tensors_in(call.output)]
-            raise MisconfigurationException(
-                f"{STEP}: {self._watcher.name or 'the model'} gives {shapes}; expected logits (samples, classes)"
-            )
+        (batch, calls), self._step = self._step, None
+        present = _last_logits(calls)
+        with torch.no_grad(), calls_recorded(self._former) as former_calls:
+            loss_aside(self._former, batch)
+        former = _last_logits(former_calls)
         try:
-            return retention_loss(present, former, self.temperature)
+            # Samples that another technique put after the batch's own are not the new task's.
+            distance = retention_loss(present[: len(former)], former, self.temperature)
         except ValueError as error:
             raise MisconfigurationException(f"{STEP}: {error}") from error
+        pl_module.log("train/retention", distance.detach())
+        return self.strength * distance
 
     def end_task(self, trainer: Any, pl_module: Any) -> None:
         """Keep the model as it is now."""
@@ -155,5 +144,18 @@ class LearningWithoutForgetting(TaskCallback):
         self._former, self._restored = None, state_dict["former"]
 
 
-def _frozen_copy(pl_module: nn.Module) -> nn.Module:
+def _last_logits(calls: list[Call]) -> Tensor:
+    """Return what the last module that a step calls gives: the head's logits, where the step calls more than one."""
+    if not calls:
+        raise MisconfigurationException(f"{STEP}: training_step calls no module with parameters")
+    found = logits_of(calls[-1].output)
+    if found is None:
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(calls[-1].output)]
+        raise MisconfigurationException(
+            f"{STEP}: {calls[-1].name or 'the model'} gives {shapes}; expected logits (samples, classes)"
+        )
+    return found
+
+
+def _frozen_copy(pl_module: nn.Module) -> Any:
     return detached_copy(pl_module).requires_grad_(False).eval()

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_optcore.files import replacing, write_atomically
 from lightning_optcore.measurement.directions import direction_of
 from lightning_optcore.measurement.inputs import tensors_in
 from lightning_optcore.meta.continual.accuracy_matrix import AccuracyMatrix
 from lightning_optcore.meta.continual.boundary import TaskCallback
-from lightning_optcore.meta.continual.stepping import NetworkWatcher, logits_of
+from lightning_optcore.meta.continual.stepping import Call, calls_recorded, logits_of, loss_aside
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
 STATE_FILE = "continual.json"
 STAGES = ("validate", "test")
+# Batches of each later task that the model is tried on before anything is learned.
+_REHEARSED = 10
 
 
 class ContinualPlan:
@@ -35,8 +39,8 @@ class ContinualPlan:
     anew but for the continual ones, which remember. A task begins with the seed and its number, so that its batches do
     not depend on what was done in the tasks before.
 
-    With a folder, what is needed to go on is written there after each task; a plan that was killed begins the broken task
-    once more and comes to the same matrix.
+    With a folder, what is needed to go on is written there after each task; a plan that was killed begins the broken
+    task once more and comes to the same matrix.
 
     Args:
         tasks: Data modules; ``name``, where one has it, is in the tables.
@@ -102,15 +106,14 @@ class ContinualPlan:
         """
         fresh = _Fresh(trainer)
         if not self._continued(trainer, model):
-            self.matrix.before, self.matrix.rows = self._checked_before(trainer, model), []
+            self.matrix.before, self.matrix.rows = self._before(trainer, model), []
             self._write(trainer, model)
-        for number in range(len(self.matrix.rows), len(self.tasks)):
+        start = len(self.matrix.rows)
+        for number in range(start, len(self.tasks)):
             log.info("task %d of %d: %s", number + 1, len(self.tasks), self.matrix.tasks[number])
             fresh.restore(trainer)
             seed_everything(self.seed + number, workers=True, verbose=False)
-            trainer.fit(model, datamodule=self.tasks[number])
-            if trainer.interrupted:
-                raise KeyboardInterrupt
+            self._fit(trainer, model, number, first=number == start)
             self.matrix.rows.append([self._evaluated(trainer, model, i) for i in range(len(self.tasks))])
             self._write(trainer, model)
             if self.on_task_end is not None:
@@ -125,21 +128,34 @@ class ContinualPlan:
             raise MisconfigurationException(f"plan.metric={self.metric}: the model's {self.stage} step logs {logged}")
         return float(trainer.callback_metrics[self.metric])
 
-    def _checked_before(self, trainer: Trainer, model: LightningModule) -> list[float]:
-        """Evaluate every task before the first one, and see that the model has an output for every label."""
+    def _before(self, trainer: Trainer, model: LightningModule) -> list[float]:
+        """Evaluate every task before the first one."""
         values = []
-        for number, name in enumerate(self.matrix.tasks):
+        for number in range(len(self.tasks)):
             try:
-                with _heads_checked(trainer, model, f"plan.tasks[{number}] ({name})"):
-                    values.append(self._evaluated(trainer, model, number))
-            except (IndexError, RuntimeError, ValueError, TypeError) as error:
-                if isinstance(error, MisconfigurationException):
-                    raise
+                values.append(self._evaluated(trainer, model, number))
+            except MisconfigurationException:
+                raise
+            except (IndexError, RuntimeError, ValueError, TypeError, KeyError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise MisconfigurationException(
-                    f"plan.tasks[{number}] ({name}): the model cannot be evaluated on it: {reason}"
+                    f"{self._key(number)}: the model cannot be evaluated on it: {reason}"
                 ) from error
         return values
+
+    def _key(self, number: int) -> str:
+        return f"plan.tasks[{number}] ({self.matrix.tasks[number]})"
+
+    def _fit(self, trainer: Any, model: LightningModule, number: int, *, first: bool) -> None:
+        later = {self._key(i): self.tasks[i] for i in range(number + 1, len(self.tasks))} if first else {}
+        rehearsal = _Rehearsal(later)
+        trainer.callbacks.append(rehearsal)
+        try:
+            trainer.fit(model, datamodule=self.tasks[number])
+        finally:
+            trainer.callbacks.remove(rehearsal)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
 
     def _write(self, trainer: Trainer, model: LightningModule) -> None:
         """Write the checkpoint, then the state that names it, then drop the checkpoint before."""
@@ -195,19 +211,19 @@ class ContinualPlan:
         return {"tasks": matrix.tasks, "metric": matrix.metric, "direction": matrix.direction}
 
 
-def _continual(trainer: Trainer) -> list[TaskCallback]:
+def _continual(trainer: Any) -> list[TaskCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, TaskCallback)]
 
 
 class _Fresh:
     """The loops and callbacks of a Trainer as they were before its first fit."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
         states = [(c, c.state_dict()) for c in trainer.callbacks if not isinstance(c, TaskCallback)]
         self._callbacks = [(callback, copy.deepcopy(state)) for callback, state in states if state]
 
-    def restore(self, trainer: Trainer) -> None:
+    def restore(self, trainer: Any) -> None:
         """Let the next fit begin anew; loggers go on counting their steps."""
         epoch_loop = trainer.fit_loop.epoch_loop
         logged = epoch_loop._batches_that_stepped
@@ -218,44 +234,43 @@ class _Fresh:
             callback.load_state_dict(copy.deepcopy(state))
 
 
-class _HeadCheck(Callback):
-    def __init__(self, key: str) -> None:
+class _Rehearsal(Callback):
+    """Runs the training step aside on some batches of the tasks to come, before the first of them is learned."""
+
+    def __init__(self, tasks: Mapping[str, LightningDataModule]) -> None:
         super().__init__()
-        self._key = key
-        self.watcher = NetworkWatcher()
+        self._tasks = tasks
 
-    def _check(self, pl_module: Any, batch: Any) -> None:
-        calls = self.watcher.calls(pl_module)
-        self.watcher.forget()
-        for call in calls:
-            logits = logits_of(call.output)
-            if logits is None or logits.dim() != 2:
-                continue
-            labels = [t for t in tensors_in(batch) if t.shape == logits.shape[:1] and not t.is_floating_point()]
-            if labels and labels[-1].numel() and int(labels[-1].max()) >= logits.shape[1]:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for key, task in self._tasks.items():
+            with isolate_rng(), torch.no_grad():
+                task.prepare_data()
+                task.setup("fit")
+                loader = CombinedLoader(task.train_dataloader(), "max_size_cycle")
+                for batch, _, _ in itertools.islice(iter(loader), _REHEARSED):
+                    self._try(trainer, pl_module, key, trainer.strategy.batch_to_device(batch, pl_module.device))
+
+    def _try(self, trainer: Any, pl_module: Any, key: str, batch: Any) -> None:
+        with calls_recorded(pl_module) as calls:
+            try:
+                loss_aside(pl_module, batch)
+            except (IndexError, RuntimeError, ValueError, TypeError, KeyError) as error:
+                reason = " ".join(str(error).split())[:300]
                 raise MisconfigurationException(
-                    f"{self._key}: its labels go up to {int(labels[-1].max())}, but "
-                    f"{self.watcher.name or type(pl_module).__name__} has {logits.shape[1]} outputs; give the model a "
-                    "head for the classes of all tasks, or the task labels that fit"
-                )
-
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._check(pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._check(pl_module, batch)
+                    f"{key}: the model cannot be trained on it: {reason}{_about_heads(calls, batch)}"
+                ) from error
 
 
-@contextmanager
-def _heads_checked(trainer: Trainer, model: LightningModule, key: str) -> Any:
-    check = _HeadCheck(key)
-    trainer.callbacks.append(check)
-    try:
-        with check.watcher.watching(model):
-            yield
-    finally:
-        trainer.callbacks.remove(check)
+def _about_heads(calls: list[Call], batch: Any) -> str:
+    """Say so if a batch has labels that the last module called has no outputs for."""
+    logits = logits_of(calls[-1].output) if calls else None
+    if logits is None:
+        return ""
+    labels = [t for t in tensors_in(batch) if t.dim() and t.numel() and not t.is_floating_point()]
+    highest = min((int(t.max()) for t in labels), default=-1)
+    if highest < logits.shape[1]:
+        return ""
+    return (
+        f"; its labels go up to {highest}, but {calls[-1].name or 'the model'} has {logits.shape[1]} outputs: give the "
+        "model a head for the classes of all tasks, or the task labels that fit"
+    )

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_optcore.measurement.forward_calls import replaced_forward, submodule
+from lightning_optcore.measurement.forward_calls import replaced_forward
 from lightning_optcore.measurement.inputs import Inputs
 
 Step = Callable[..., Any]
@@ -153,71 +153,38 @@ def batch_size_of(batch: Any) -> int:
 
 @dataclass
 class Call:
-    """One outermost call of the network in a step."""
+    """One call, by a step, of a module with parameters that no other such module called."""
 
+    name: str
     inputs: Inputs
     output: Any
 
 
-@dataclass
-class NetworkWatcher:
-    """Records the calls of the network that a training step runs: of what it calls, the module with most parameters.
+@contextmanager
+def calls_recorded(pl_module: nn.Module) -> Iterator[list[Call]]:
+    """Record the outermost calls inside the context, in their order; they end in every form in ``forward``."""
+    made: list[Call] = []
+    depth = 0
 
-    Attributes:
-        name: The name of that module, once a step has run.
-    """
-
-    name: str | None = None
-    _made: list[tuple[str, Call]] = field(default_factory=list)
-    _depth: int = 0
-
-    @contextmanager
-    def watching(self, pl_module: nn.Module) -> Iterator[list[Call]]:
-        """Record inside the context; the list is filled when it ends, or by :meth:`calls` before."""
-        names = [self.name] if self.name is not None else [name for name, _ in pl_module.named_modules()]
-        modules = {name: submodule(pl_module, name) for name in names}
-        self._made, self._depth, calls = [], 0, []
-        with _all_replaced(
-            {
-                name: (module, self._recording(name, module.forward))
-                for name, module in modules.items()
-                if next(module.parameters(), None) is not None
-            }
-        ):
-            yield calls
-        calls.extend(self.calls(pl_module))
-
-    def calls(self, pl_module: nn.Module) -> list[Call]:
-        """Return the calls of the network so far."""
-        if self.name is None:
-            sizes = {name: _num_parameters(submodule(pl_module, name)) for name, _ in self._made}
-            self.name = max(sizes, key=lambda name: sizes[name], default=None)
-        return [call for name, call in self._made if name == self.name]
-
-    def forget(self) -> None:
-        """Drop the calls so far."""
-        self._made = []
-
-    def _recording(self, name: str, original: Step) -> Step:
+    def recording(name: str, original: Step) -> Step:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._depth += 1
+            nonlocal depth
+            depth += 1
             try:
                 output = original(*args, **kwargs)
             finally:
-                self._depth -= 1
-            if self._depth == 0:
-                self._made.append((name, Call(Inputs(args, kwargs), output)))
+                depth -= 1
+            if depth == 0:
+                made.append(Call(name, Inputs(args, kwargs), output))
             return output
 
         return forward
 
-
-@contextmanager
-def _all_replaced(forwards: dict[str, tuple[nn.Module, Step]]) -> Iterator[None]:
     with ExitStack() as stack:
-        for module, forward in forwards.values():
-            stack.enter_context(replaced_forward(module, forward))
-        yield
+        for name, module in pl_module.named_modules():
+            if next(module.parameters(), None) is not None:
+                stack.enter_context(replaced_forward(module, recording(name, module.forward)))
+        yield made
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -228,7 +195,3 @@ def logits_of(output: Any) -> Tensor | None:
         output = output.logits
     fits = isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1 and output.shape[1] > 1
     return output if fits else None
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

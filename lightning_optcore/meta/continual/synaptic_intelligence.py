@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_optcore.meta.continual.boundary import TaskCallback
-from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, scaled_to_mean, trained_parameters
+from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, in_full, scaled, trained_parameters
 
 STEP = "synaptic_intelligence"
 
@@ -43,10 +43,10 @@ class SynapticIntelligence(TaskCallback):
     the training, before they are clipped. The pull is a proximal step, as in :class:`ElasticWeightConsolidation`.
 
     Args:
-        strength: Of the pull; each task's importance is scaled to a mean of 1, unless ``normalize`` is off.
+        strength: Of the pull.
         damping: As in :func:`path_importance`.
         decay: What is left of the importance of earlier tasks whenever one ends.
-        normalize: Scale each task's importance to a mean of 1.
+        normalize: Scale each task's importance to a mean of .001, so that a strength means the same for any model.
 
     Raises:
         MisconfigurationException: If an option makes no sense, or the model's shape changes between tasks.
@@ -80,16 +80,15 @@ class SynapticIntelligence(TaskCallback):
         trained = trained_parameters(pl_module)
         if not self._start:
             self._start = {name: value.detach().clone() for name, value in trained.items()}
-            self._path = {name: torch.zeros_like(value) for name, value in self._start.items()}
+            self._path = {name: in_full(value) for name, value in self._start.items()}
         self._before = {}
         names = {id(parameter): name for name, parameter in trained.items()}
 
         def follow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            for group in optimizer.param_groups:
-                known = [(names[id(p)], p) for p in group["params"] if id(p) in names]
-                for name, parameter in known:
-                    self._add(name, parameter)
-                self.penalty.pull_(known, self.strength, float(group["lr"]))
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                if id(parameter) in names:
+                    self._add(names[id(parameter)], parameter)
+            self.penalty.pull_(optimizer, names, self.strength)
 
         self._after_steps(trainer, follow)
 
@@ -113,12 +112,14 @@ class SynapticIntelligence(TaskCallback):
     def end_task(self, trainer: Any, pl_module: Any) -> None:
         """Sum up what the task did."""
         trained = trained_parameters(pl_module)
-        names = [name for name, value in trained.items() if name in self._path and value.shape == self._path[name].shape]
+        names = [
+            name for name, value in trained.items() if name in self._path and value.shape == self._path[name].shape
+        ]
         moved = {name: trained[name].detach() - self._start[name].to(trained[name].device) for name in names}
         path = {name: self._path[name].to(trained[name].device) for name in names}
         importance = path_importance(path, moved, self.damping)
         if self.normalize:
-            importance = scaled_to_mean(importance)
+            importance = scaled(importance)
         self.penalty.add(importance, trained, online=True, decay=self.decay)
         self._path, self._start, self._before = {}, {}, {}
 

@@ -9,7 +9,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+)
 
 from lightning_optcore.measurement.inputs import map_tensors, tensors_in
 
@@ -65,8 +73,8 @@ class DerivedTask(LightningDataModule):
             return [self._loaders(loader) for loader in loaders]
         if not isinstance(loaders, DataLoader) or isinstance(loaders.dataset, IterableDataset):
             raise MisconfigurationException(
-                f"tasks.data: {type(self.data).__name__} gives a {type(loaders).__name__}; expected a DataLoader over a "
-                "data set with a length"
+                f"tasks.data: {type(self.data).__name__} gives a {type(loaders).__name__}; expected a DataLoader over "
+                "a data set with a length"
             )
         return _reloaded(loaders, self.changed(loaders.dataset))
 
@@ -237,4 +245,6 @@ def class_tasks(
     order = list(range(num_classes))
     if seed is not None:
         order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [ClassTask(data, order[start : start + classes_per_task]) for start in range(0, num_classes, classes_per_task)]
+    return [
+        ClassTask(data, order[start : start + classes_per_task]) for start in range(0, num_classes, classes_per_task)
+    ]
