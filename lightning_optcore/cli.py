@@ -18,7 +18,7 @@ from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-JOBS = ("train", "measure", "profile", "nas", "report", "dashboard")
+JOBS = ("train", "measure", "profile", "nas", "continual", "report", "dashboard")
 
 
 class JobError(CompactHydraException):

@@ -70,7 +70,10 @@ def _without_trace(pl_module: Any) -> Iterator[list[Tensor]]:
     losses: list[Tensor] = []
     optimizers, schedulers = pl_module.optimizers, pl_module.lr_schedulers
     before = {name: pl_module.__dict__[name] for name in _INERT if name in pl_module.__dict__}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in pl_module.buffers()]
+    # Another tensor takes a buffer's place: a graph that goes through the aside may still need the one it saw.
+    buffers = [(child, dict(child._buffers)) for child in pl_module.modules()]
+    for child, own in buffers:
+        child._buffers.update({name: None if value is None else value.clone() for name, value in own.items()})
     metrics = [
         (metric, {name: copy.deepcopy(metric.__dict__.get(name)) for name in [*metric._defaults, *_OF_A_METRIC]})
         for metric in pl_module.modules()
@@ -89,9 +92,8 @@ def _without_trace(pl_module: Any) -> Iterator[list[Tensor]]:
         for name in _INERT:
             del pl_module.__dict__[name]
         pl_module.__dict__.update(before)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for child, own in buffers:
+            child._buffers.update(own)
         for metric, state in metrics:
             metric.__dict__.update(state)
 
