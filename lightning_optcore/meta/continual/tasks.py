@@ -159,8 +159,9 @@ class ClassTask(DerivedTask):
     """The samples of some classes, with their labels as they are.
 
     Args:
-        data: As in :class:`DerivedTask`. The label of a sample is its last integer.
+        data: As in :class:`DerivedTask`.
         classes: The labels of the task.
+        label: Key or index of the label in a sample; by default its last integer.
         name: In tables and reports.
 
     Raises:
@@ -174,35 +175,47 @@ class ClassTask(DerivedTask):
         [3, 4]
     """
 
-    def __init__(self, data: LightningDataModule, classes: Sequence[int], name: str | None = None) -> None:
+    def __init__(
+        self,
+        data: LightningDataModule,
+        classes: Sequence[int],
+        label: str | int | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(data, name or f"classes {', '.join(map(str, classes))}")
         self.classes = list(classes)
+        self.label = label
 
     def changed(self, dataset: Any) -> Dataset:
         """Return the samples of the classes."""
-        index = torch.isin(_labels_of(dataset), torch.tensor(self.classes)).nonzero()[:, 0].tolist()
+        index = torch.isin(_labels_of(dataset, self.label), torch.tensor(self.classes)).nonzero()[:, 0].tolist()
         if not index:
             raise MisconfigurationException(f"tasks.classes={self.classes}: the data has no sample of them")
         return Subset(dataset, index)
 
 
-def _labels_of(dataset: Any) -> Tensor:
-    if isinstance(dataset, TensorDataset):
+def _labels_of(dataset: Any, label: str | int | None) -> Tensor:
+    if label is None and isinstance(dataset, TensorDataset):
         found = [t for t in dataset.tensors if t.dim() == 1 and not t.is_floating_point()]
         if found:
             return found[-1]
     targets = getattr(dataset, "targets", None)
-    if targets is not None:
+    if label is None and targets is not None:
         return torch.as_tensor(targets)
-    return torch.tensor([_label_of(dataset[i]) for i in range(len(dataset))])
+    return torch.tensor([_label_of(dataset[i], label) for i in range(len(dataset))])
 
 
-def _label_of(sample: Any) -> int:
+def _label_of(sample: Any, label: str | int | None) -> int:
+    if label is not None:
+        try:
+            return int(sample[label])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise MisconfigurationException(f"tasks.label={label!r}: a sample has no integer there") from error
     values = list(sample.values()) if isinstance(sample, Mapping) else list(sample)
     for value in reversed(values):
         if isinstance(value, int) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point()):
             return int(value)
-    raise MisconfigurationException("tasks.data: a sample has no integer that could be its label")
+    raise MisconfigurationException("tasks.data: a sample has no integer that could be its label; name it: tasks.label")
 
 
 def permuted_tasks(data: LightningDataModule, num_tasks: int = 5, seed: int = 0) -> list[DerivedTask]:
@@ -226,7 +239,11 @@ def permuted_tasks(data: LightningDataModule, num_tasks: int = 5, seed: int = 0)
 
 
 def class_tasks(
-    data: LightningDataModule, num_classes: int = 10, classes_per_task: int = 2, seed: int | None = None
+    data: LightningDataModule,
+    num_classes: int = 10,
+    classes_per_task: int = 2,
+    seed: int | None = None,
+    label: str | int | None = None,
 ) -> list[DerivedTask]:
     """Return tasks of a few classes each, all of one head: class-incremental learning.
 
@@ -235,6 +252,7 @@ def class_tasks(
         num_classes: Labels go from 0 to one less.
         classes_per_task: How many a task has; the last one has what is left.
         seed: Of the order of the classes; ``None`` leaves it as it is.
+        label: As in :class:`ClassTask`.
 
     Raises:
         MisconfigurationException: If a number is below 1.
@@ -245,6 +263,5 @@ def class_tasks(
     order = list(range(num_classes))
     if seed is not None:
         order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [
-        ClassTask(data, order[start : start + classes_per_task]) for start in range(0, num_classes, classes_per_task)
-    ]
+    parts = [order[start : start + classes_per_task] for start in range(0, num_classes, classes_per_task)]
+    return [ClassTask(data, classes, label) for classes in parts]

@@ -1,4 +1,4 @@
-"""A plan that kills itself, as hard as can be, in a step of its second task; run by a test."""
+"""A plan that kills itself, as hard as can be, in a step of one of its tasks; run by a test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -19,7 +20,7 @@ from lightning_optcore.callbacks import (
     SynapticIntelligence,
 )
 from lightning_optcore.data import Digits
-from lightning_optcore.meta.continual import ContinualPlan, permuted_tasks
+from lightning_optcore.meta.continual import AccuracyMatrix, ContinualPlan, permuted_tasks
 
 
 class Kill(Callback):
@@ -36,11 +37,10 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: str, fit: int) -> None:
-    """Run the plan, or what is left of it, and print the matrix."""
-    warnings.simplefilter("ignore")
+def run(folder: Path, fit: int) -> AccuracyMatrix:
+    """Run the plan, or what is left of it; it dies in the fit of that number."""
     callbacks = [
-        ElasticWeightConsolidation(),
+        ElasticWeightConsolidation(fisher_samples=200),
         SynapticIntelligence(),
         ExperienceReplay(size=50),
         AveragedGEM(size=50),
@@ -49,10 +49,10 @@ def main(folder: str, fit: int) -> None:
     ]
     seed_everything(0, verbose=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", max_epochs=2, callbacks=callbacks, enable_model_summary=False, **quiet)
-    plan = ContinualPlan(permuted_tasks(Digits(), num_tasks=3), folder=folder)
-    print(plan.run(trainer, Plain("adam", 1e-2)).rows)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=callbacks, enable_model_summary=False, **quiet)
+    return ContinualPlan(permuted_tasks(Digits(), num_tasks=3), folder=folder).run(trainer, Plain("adam", 1e-2))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    warnings.simplefilter("ignore")
+    run(Path(sys.argv[1]), int(sys.argv[2]))

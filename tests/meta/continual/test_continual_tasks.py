@@ -63,9 +63,9 @@ def test_dict_samples_are_permuted_and_keep_the_rest():
     assert not torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("data", [Digits, DictData])
-def test_class_tasks_share_out_the_classes(data):
-    tasks = class_tasks(data(), classes_per_task=4, seed=1)
+@pytest.mark.parametrize(("data", "label"), [(Digits, None), (Digits, 1), (DictData, "target")])
+def test_class_tasks_share_out_the_classes(data, label):
+    tasks = class_tasks(data(), classes_per_task=4, seed=1, label=label)
     assert sorted(c for task in tasks for c in task.classes) == list(range(10))
     assert [len(task.classes) for task in tasks] == [4, 4, 2]
     counted = 0
@@ -123,7 +123,11 @@ def test_what_is_wrong_is_named():
     task.setup("fit")
     with pytest.raises(MisconfigurationException, match=r"tasks.classes=\[11\]: the data has no sample"):
         task.train_dataloader()
-    with pytest.raises(MisconfigurationException, match="tasks.num_tasks=0: expected at least 1"):
+    task = ClassTask(DictData(), [1], label="colour")
+    task.setup("fit")
+    with pytest.raises(MisconfigurationException, match=r"tasks.label='colour': a sample has no integer there"):
+        task.train_dataloader()
+    with pytest.raises(MisconfigurationException, match=r"tasks.num_tasks=0: expected at least 1"):
         permuted_tasks(Digits(), 0)
-    with pytest.raises(MisconfigurationException, match="tasks.classes_per_task=0: expected at least 1"):
+    with pytest.raises(MisconfigurationException, match=r"tasks.classes_per_task=0: expected at least 1"):
         class_tasks(Digits(), classes_per_task=0)
