@@ -159,14 +159,20 @@ class SampleBuffer:
             )
         return found[-1]
 
-    def add(self, batch: Any, task: int) -> None:
+    def add(self, batch: Any, task: int, more: Sequence[Tensor] = ()) -> None:
         """Offer the samples of a batch of a task.
+
+        Args:
+            batch: Any nesting of tensors.
+            task: Its number.
+            more: Tensors (samples, ...) that are kept beside them, and come last when they are drawn.
 
         Raises:
             MisconfigurationException: If they have another shape than those before, or are more than there is room for.
         """
         self.check(batch)
-        samples = self._batched(batch)
+        samples = [*self._batched(batch), *more]
+        self._values += [self._room(i, tensor) for i, tensor in enumerate(samples) if i >= len(self._values)]
         if [t.shape[1:] for t in samples] != [t.shape[1:] for t in self._values]:
             raise MisconfigurationException(
                 f"{self.owner}: samples of {[tuple(t.shape[1:]) for t in samples]} do not go with those of "

@@ -5,7 +5,6 @@ Li and Hoiem, "Learning without Forgetting", ECCV 2016 (arXiv:1606.09282).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor, nn
 
 from lightning_optcore.compression.distillation import distillation_loss
 from lightning_optcore.measurement.forward_calls import detached_copy
-from lightning_optcore.measurement.inputs import tensors_in
 from lightning_optcore.meta.continual.boundary import TaskCallback
-from lightning_optcore.meta.continual.stepping import Call, Step, calls_recorded, join_step, logits_of, loss_aside
+from lightning_optcore.meta.continual.stepping import Call, calls_recorded, join_loss, last_logits, loss_aside
 
 STEP = "learning_without_forgetting"
 
@@ -69,7 +67,6 @@ class LearningWithoutForgetting(TaskCallback):
         self.temperature = temperature
         self._former: Any = None
         self._restored: dict[str, Tensor] | None = None
-        self._step: tuple[Any, list[Call]] | None = None
 
     def begin_task(self, trainer: Any, pl_module: Any) -> None:
         """Let the former model join the training step, once there is one."""
@@ -85,39 +82,15 @@ class LearningWithoutForgetting(TaskCallback):
             return
         self._former.trainer = trainer
         self._former.to(pl_module.device)
-        join_step(pl_module, lambda step: self._joined(pl_module, step))
-        if not pl_module.automatic_optimization:
-            own_backward = pl_module.manual_backward
+        join_loss(pl_module, lambda batch, calls: self._added(pl_module, batch, calls))
 
-            def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-                own_backward(loss + self._added(pl_module), *args, **kwargs)
-
-            pl_module.manual_backward = manual_backward
-
-    def _joined(self, pl_module: Any, step: Step) -> Step:
-        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            with calls_recorded(pl_module) as calls:
-                self._step = (batch, calls)
-                output = step(batch, *args, **kwargs)
-            if not pl_module.automatic_optimization or output is None:
-                return output
-            if isinstance(output, Mapping):
-                return {**output, "loss": output["loss"] + self._added(pl_module)}
-            return output + self._added(pl_module)
-
-        return training_step
-
-    def _added(self, pl_module: Any) -> Tensor | float:
-        """Return what a step's outputs add to its loss, once a step."""
-        if self._step is None:
-            return 0.0
+    def _added(self, pl_module: Any, batch: Any, calls: list[Call]) -> Tensor:
         assert self._former is not None
-        (batch, calls), self._step = self._step, None
-        present = _last_logits(calls)
-        with torch.no_grad(), calls_recorded(self._former) as former_calls:
-            loss_aside(self._former, batch)
-        former = _last_logits(former_calls)
         try:
+            present = last_logits(calls)
+            with torch.no_grad(), calls_recorded(self._former) as former_calls:
+                loss_aside(self._former, batch)
+            former = last_logits(former_calls)
             # Samples that another technique put after the batch's own are not the new task's.
             distance = retention_loss(present[: len(former)], former, self.temperature)
         except ValueError as error:
@@ -129,10 +102,6 @@ class LearningWithoutForgetting(TaskCallback):
         """Keep the model as it is now."""
         self._former = _frozen_copy(pl_module)
 
-    def _leave(self, pl_module: Any) -> None:
-        super()._leave(pl_module)
-        pl_module.__dict__.pop("manual_backward", None)
-
     def state_dict(self) -> dict[str, Any]:
         """Return the former weights."""
         former = self._restored if self._former is None else dict(self._former.state_dict())
@@ -142,19 +111,6 @@ class LearningWithoutForgetting(TaskCallback):
         """Take those of the interrupted run."""
         self.num_tasks = state_dict["num_tasks"]
         self._former, self._restored = None, state_dict["former"]
-
-
-def _last_logits(calls: list[Call]) -> Tensor:
-    """Return what the last module that a step calls gives: the head's logits, where the step calls more than one."""
-    if not calls:
-        raise MisconfigurationException(f"{STEP}: training_step calls no module with parameters")
-    found = logits_of(calls[-1].output)
-    if found is None:
-        shapes = [tuple(tensor.shape) for tensor in tensors_in(calls[-1].output)]
-        raise MisconfigurationException(
-            f"{STEP}: {calls[-1].name or 'the model'} gives {shapes}; expected logits (samples, classes)"
-        )
-    return found
 
 
 def _frozen_copy(pl_module: nn.Module) -> Any:

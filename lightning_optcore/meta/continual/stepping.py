@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_optcore.measurement.forward_calls import replaced_forward
-from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.measurement.inputs import Inputs, tensors_in
 
 Step = Callable[..., Any]
 _OF_A_METRIC = ("_update_count", "_computed", "_forward_cache")
@@ -32,9 +32,45 @@ def join_step(pl_module: Any, wrap: Callable[[Step], Step]) -> None:
     pl_module.training_step = joined
 
 
+def join_loss(
+    pl_module: Any, added: Callable[[Any, list[Call]], Tensor], prepare: Callable[[Any], Any] = lambda batch: batch
+) -> None:
+    """Add to the loss of every training step; with manual optimization to what is first handed to ``manual_backward``.
+
+    Args:
+        pl_module: The LightningModule.
+        added: Of the batch and the calls that the step made, what is added.
+        prepare: Of a batch, the one that the step gets.
+    """
+    own_backward = pl_module.manual_backward
+    pending: list[tuple[Any, list[Call]]] = []
+
+    def wrap(step: Step) -> Step:
+        def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            batch = prepare(batch)
+            with calls_recorded(pl_module) as calls:
+                pending[:] = [(batch, calls)]
+                output = step(batch, *args, **kwargs)
+            if not pl_module.automatic_optimization or output is None:
+                return output
+            if isinstance(output, Mapping):
+                return {**output, "loss": output["loss"] + added(batch, calls)}
+            return output + added(batch, calls)
+
+        return training_step
+
+    def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        own_backward(loss + added(*pending.pop()) if pending else loss, *args, **kwargs)
+
+    join_step(pl_module, wrap)
+    if not pl_module.automatic_optimization:
+        pl_module.manual_backward = manual_backward
+
+
 def leave_step(pl_module: Any) -> None:
     """Leave the training step as the class has it."""
-    pl_module.__dict__.pop("training_step", None)
+    for name in ("training_step", "manual_backward"):
+        pl_module.__dict__.pop(name, None)
 
 
 class _InertOptimizer:
@@ -187,6 +223,21 @@ def calls_recorded(pl_module: nn.Module) -> Iterator[list[Call]]:
             if next(module.parameters(), None) is not None:
                 stack.enter_context(replaced_forward(module, recording(name, module.forward)))
         yield made
+
+
+def last_logits(calls: list[Call]) -> Tensor:
+    """Return what the last module that a step calls gives: the head's logits, where the step calls more than one.
+
+    Raises:
+        ValueError: If that is no logits.
+    """
+    if not calls:
+        raise ValueError("training_step calls no module with parameters")
+    found = logits_of(calls[-1].output)
+    if found is None:
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(calls[-1].output)]
+        raise ValueError(f"{calls[-1].name or 'the model'} gives {shapes}; expected logits (samples, classes)")
+    return found
 
 
 def logits_of(output: Any) -> Tensor | None:
