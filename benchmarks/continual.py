@@ -337,7 +337,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning_optcore"):
         logging.getLogger(name).setLevel(logging.ERROR)
     data = FashionMNIST(train_size=IMAGES)
     data.prepare_data()

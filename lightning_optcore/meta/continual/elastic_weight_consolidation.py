@@ -9,7 +9,9 @@ data's labels vanishes where these are fitted (Kunstner, Balles and Hennig, Neur
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,8 @@ from lightning_optcore.meta.continual.stepping import (
 
 STEP = "elastic_weight_consolidation"
 FISHERS = ("auto", "model", "data")
+# Of more classes than these, so many labels are drawn.
+MOST_CLASSES = 20
 # Numbers of per-sample gradients that are held at once.
 _MOST_NUMBERS = 2**24
 
@@ -43,8 +47,8 @@ def fisher_diagonal(network: nn.Module, inputs: Iterable[Inputs], *, labels_per_
     Args:
         network: Returns logits (samples, classes), or a mapping with ``logits``; its mode and weights stay.
         inputs: Batches of what it is called with.
-        labels_per_sample: Labels drawn of each prediction; ``None`` takes the expectation over all classes, which
-            costs a gradient a class.
+        labels_per_sample: Labels drawn of each prediction, each a gradient; ``None`` takes the expectation over all
+            classes, of at most 20, else 20 labels.
 
     Returns:
         By the name of each parameter with a gradient, in its shape.
@@ -74,16 +78,77 @@ def fisher_diagonal(network: nn.Module, inputs: Iterable[Inputs], *, labels_per_
 
 
 def _squares(network: nn.Module, parameters: Tensors, inputs: Inputs, labels_per_sample: int | None) -> Tensors:
-    with torch.no_grad():
+    with _linear_calls(network) as calls:
         logits = logits_of(inputs.call(network))
     if logits is None or logits.dim() != 2:
         raise ValueError("the network gives no logits (samples, classes)")
-    shares = logits.float().softmax(1)
-    if labels_per_sample is None:
-        labels, weights = torch.arange(shares.shape[1], device=shares.device).expand_as(shares), shares
-    else:
-        labels = torch.multinomial(shares, labels_per_sample, replacement=True)
-        weights = torch.full_like(labels, 1 / labels_per_sample, dtype=shares.dtype)
+    scores = logits.float().log_softmax(1)
+    labels, weights = _labels(scores.detach().exp(), labels_per_sample)
+    plain = {
+        name: made[0]
+        for name, made in calls.items()
+        if len(made) == 1 and _is_plain(made[0], len(logits), parameters, name)
+    }
+    rest = {name: value for name, value in parameters.items() if name.rpartition(".")[0] not in plain}
+    total = {name: in_full(value) for name, value in parameters.items()}
+    for label, weight in zip(labels.T, weights.T, strict=True):
+        chosen = scores.gather(1, label[:, None]).sum()
+        outputs = [output for _, output in plain.values()]
+        deltas = torch.autograd.grad(chosen, outputs, retain_graph=True) if outputs else ()
+        for (name, (entered, _)), delta in zip(plain.items(), deltas, strict=True):
+            # A gradient of such a layer is an outer product, and so is its square.
+            square = delta.float().square() * weight[:, None]
+            for own, value in (("weight", square.T @ entered.float().square()), ("bias", square.sum(0))):
+                if f"{name}.{own}" in parameters:
+                    total[f"{name}.{own}"] += value
+        if rest:
+            for name, value in _score_squares(network, rest, inputs, label, weight).items():
+                total[name] += value
+    return total
+
+
+def _labels(shares: Tensor, labels_per_sample: int | None) -> tuple[Tensor, Tensor]:
+    """Return labels (samples, labels) and the weight of each."""
+    classes = shares.shape[1]
+    if labels_per_sample is None and classes <= MOST_CLASSES:
+        return torch.arange(classes, device=shares.device).expand_as(shares), shares
+    number = labels_per_sample or MOST_CLASSES
+    labels = torch.multinomial(shares, number, replacement=True)
+    return labels, torch.full_like(labels, 1 / number, dtype=shares.dtype)
+
+
+@contextmanager
+def _linear_calls(network: nn.Module) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Record what enters and leaves the linear layers whose weights are no other's."""
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            calls.setdefault(name, []).append((args[0].detach(), output))
+
+        return hook
+
+    uses = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+    layers = [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if type(layer) is nn.Linear and all(uses[id(parameter)] == 1 for parameter in layer.parameters())
+    ]
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _is_plain(call: tuple[Tensor, Tensor], samples: int, parameters: Tensors, name: str) -> bool:
+    entered, output = call
+    return entered.dim() == 2 and len(entered) == samples and output.requires_grad and f"{name}.weight" in parameters
+
+
+def _score_squares(network: nn.Module, parameters: Tensors, inputs: Inputs, label: Tensor, weight: Tensor) -> Tensors:
+    """Return the weighted sum of the squared gradients of a label's log-likelihood, sample by sample."""
     axes, tensors = inputs.batch_axes(), inputs.tensors()
 
     def log_likelihood(values: Tensors, label: Tensor, *sample: Tensor) -> Tensor:
@@ -96,18 +161,12 @@ def _squares(network: nn.Module, parameters: Tensors, inputs: Inputs, labels_per
         return found.float().log_softmax(1)[0].gather(0, label[None])[0]
 
     gradient = grad(log_likelihood)
-    batched = vmap(gradient, in_dims=(None, 0, *axes), randomness="different")
-    total: Tensors = {}
-    for label, weight in zip(labels.T, weights.T, strict=True):
-        try:
-            found = batched(parameters, label, *tensors)
-        except RuntimeError:
-            # Of an operation without a rule for batches, e.g. a recurrent cell.
-            found = _one_by_one(gradient, parameters, label, tensors, axes)
-        for name, value in found.items():
-            square = torch.einsum("b...,b...,b->...", value, value, weight.to(value))
-            total[name] = total[name] + square if name in total else square
-    return total
+    try:
+        found = vmap(gradient, in_dims=(None, 0, *axes), randomness="different")(parameters, label, *tensors)
+    except RuntimeError:
+        # Of an operation without a rule for batches, e.g. a recurrent cell.
+        found = _one_by_one(gradient, parameters, label, tensors, axes)
+    return {name: torch.einsum("b...,b...,b->...", v, v, weight.to(v)) for name, v in found.items()}
 
 
 def _one_by_one(gradient: Any, parameters: Tensors, label: Tensor, tensors: list[Tensor], axes: list[Any]) -> Tensors:
@@ -165,7 +224,8 @@ class ElasticWeightConsolidation(TaskCallback):
             (samples, classes) and holds all trained parameters. ``"data"``: of your own loss, sample by sample.
             ``"auto"``: the first where it can be.
         fisher_samples: Training samples that it is computed of, at the end of a fit.
-        labels_per_sample: Labels drawn of each prediction; ``None`` takes all classes into account.
+        labels_per_sample: Labels drawn of each prediction; ``None`` takes all classes into account, of more than 20
+            classes 20 labels.
         power: Of the Fisher information that is the importance. 1 is the paper's; the square root, which is near what
             :class:`SynapticIntelligence` finds (Benzing, AISTATS 2022), forgot less in our measurements.
         normalize: Scale each task's importance to a mean of .001, so that a strength means the same for any model.
@@ -185,7 +245,7 @@ class ElasticWeightConsolidation(TaskCallback):
         decay: float = 1.0,
         fisher: str = "auto",
         fisher_samples: int = 1000,
-        labels_per_sample: int | None = 1,
+        labels_per_sample: int | None = None,
         power: float = 0.5,
         normalize: bool = True,
     ) -> None:

@@ -21,16 +21,39 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 3))
 
 
-def test_the_fisher_information_is_the_expected_square_of_the_score():
-    net, x = network().eval(), torch.randn(7, 4)
-    expected = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+class Shared(nn.Module):
+    """A layer that is called twice, two with one weight, one that sees steps, a norm, and a layer with no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.steps, self.norm = nn.Linear(4, 4), nn.Linear(2, 5, bias=False), nn.LayerNorm(14)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.fixed, self.head = nn.Linear(14, 14).requires_grad_(False), nn.Linear(14, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = self.steps(x.view(len(x), 2, 2)).flatten(1)
+        return self.head(
+            self.fixed(
+                self.norm(torch.cat([self.twice(self.twice(self.second(self.first(x).tanh())).tanh()), pairs], 1))
+            )
+        )
+
+
+@pytest.mark.parametrize("make", [network, Shared])
+def test_the_fisher_information_is_the_expected_square_of_the_score(make):
+    net, x = make().eval(), torch.randn(7, 4)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    expected = {name: torch.zeros_like(p) for name, p in trained.items()}
     for sample in x:
         log_p = net(sample[None]).log_softmax(1)[0]
         for label in range(3):
-            score = torch.autograd.grad(log_p[label], list(net.parameters()), retain_graph=True)
+            score = torch.autograd.grad(log_p[label], list(trained.values()), retain_graph=True)
             for name, gradient in zip(expected, score, strict=True):
                 expected[name] += log_p[label].exp().detach() * gradient.square() / len(x)
     found = fisher_diagonal(net.train(), [Inputs.of(x[:5]), Inputs.of(x[5:])])
+    assert set(found) == set(expected)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
     assert net.training
