@@ -1,4 +1,4 @@
-"""What holds for all five: less forgetting, any module, nothing left behind, resumed as if never interrupted."""
+"""What holds for each of them: less forgetting, any module, nothing left behind, resumed as if never interrupted."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ TECHNIQUES = {
     "elastic_weight_consolidation": ElasticWeightConsolidation,
     "synaptic_intelligence": SynapticIntelligence,
     "experience_replay": lambda: ExperienceReplay(size=100),
+    "replay_with_logits": lambda: ExperienceReplay(size=100, logits_weight=0.5),
     "averaged_gem": lambda: AveragedGEM(size=100),
     "learning_without_forgetting": LearningWithoutForgetting,
 }
@@ -107,7 +108,8 @@ def test_a_resumed_fit_is_as_one_that_was_not_interrupted(make_trainer, tmp_path
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_all_of_them_stack_in_any_order_with_techniques_of_another_room(learn, reverse):
-    callbacks = [make() for make in TECHNIQUES.values()]
+    # Of a kind Lightning keeps one in a checkpoint.
+    callbacks = [make() for name, make in TECHNIQUES.items() if name != "experience_replay"]
     callbacks += [KnowledgeDistillation(alpha=0.2), MagnitudePruning(target_sparsity=0.3)]
     nets = []
 

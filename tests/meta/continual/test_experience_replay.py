@@ -11,7 +11,7 @@ from strangers import DictData, Plain, Stranger
 
 from lightning_optcore.callbacks import AveragedGEM, ExperienceReplay
 from lightning_optcore.data import Digits
-from lightning_optcore.meta.continual import ClassTask, class_tasks
+from lightning_optcore.meta.continual import ClassTask, PermutedTask, class_tasks
 from lightning_optcore.meta.continual.buffer import SampleBuffer, as_batch, with_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,6 +116,13 @@ def test_wrong_options_fail_at_construction(make, key, options, message):
         make(**options)
 
 
+@pytest.mark.parametrize("options", [{"logits_weight": -1}, {"temperature": 0}])
+def test_wrong_weights_fail_at_construction(options):
+    (key,) = options
+    with pytest.raises(MisconfigurationException, match=f"experience_replay.{key}="):
+        ExperienceReplay(**options)
+
+
 def test_a_label_that_is_not_there_is_named(make_trainer):
     callback = ExperienceReplay(balance="class", label="colour")
     with pytest.raises(MisconfigurationException, match=r"experience_replay.label='colour': the batch has no class"):
@@ -142,6 +149,32 @@ def test_classes_that_come_later_do_not_wipe_out_the_others(learn):
     replay = learn(ExperienceReplay(size=100, balance="class"), tasks=tasks)
     assert naive.rows[1][0] < 0.3
     assert replay.rows[1][0] > 0.7
+
+
+def test_the_logits_are_those_at_the_end_of_the_task(make_trainer):
+    callback, model, data = ExperienceReplay(size=30, logits_weight=0.5), Plain(), Digits()
+    make_trainer(callback).fit(model, datamodule=data)
+    images, _, logits = callback.buffer.samples(torch.arange(30))
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model.net(images))
+    trainer = make_trainer(callback)
+    trainer.fit(model, datamodule=PermutedTask(data, 1))
+    assert float(trainer.callback_metrics["train/replayed_logits"]) > 0
+    assert len(callback.buffer.samples(torch.arange(30))) == 3
+
+
+def test_a_model_without_logits_is_named(make_trainer):
+    class Regressor(Plain):
+        def training_step(self, batch, batch_idx):
+            return (self.net(batch[0]).mean(1, keepdim=True) - self.scale(batch[1][:, None].float())).square().mean()
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Linear(1, 1)
+
+    callback = ExperienceReplay(logits_weight=0.5)
+    with pytest.raises(MisconfigurationException, match=r"logits_weight=0.5: scale gives \[\(64, 1\)\]; .*; set 0"):
+        make_trainer(callback, limit_train_batches=1).fit(Regressor(), datamodule=Digits())
 
 
 def test_a_named_label_balances(make_trainer):
