@@ -17,23 +17,19 @@ import itertools
 import json
 import logging
 import statistics
-import sys
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from lightning_optcore.callbacks import (
     AveragedGEM,
@@ -203,17 +199,11 @@ def _tensors(data: FashionMNIST) -> list[tuple[Tensor, Tensor]]:
 def avalanche() -> dict[str, Callable[[nn.Module, int], Any]] | None:
     """Return Avalanche's strategies by the name of a row, if it is installed."""
     try:
-        # Of these it needs nothing here, but imports them: loggers, downloads, and torchvision's compiled operators.
-        sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
-        for name in ("gdown", "wandb", "torch.utils.tensorboard", "torch.utils.tensorboard.writer"):
-            sys.modules.setdefault(name, MagicMock())
         from avalanche.training.supervised import EWC, Naive, Replay
         from avalanche.training.supervised import SynapticIntelligence as SI
     except ImportError as error:
         print(f"without Avalanche: {error}")
         return None
-    finally:
-        sys.modules.pop("torchvision._meta_registrations", None)
 
     from avalanche.training.plugins import LRSchedulerPlugin
 
@@ -238,16 +228,10 @@ def avalanche() -> dict[str, Callable[[nn.Module, int], Any]] | None:
 def theirs(tasks: list[Task], seed: int, make: Callable[[nn.Module, int], Any]) -> AccuracyMatrix:
     """Learn the tasks with a strategy of Avalanche."""
     from avalanche.benchmarks import benchmark_from_datasets
-    from avalanche.benchmarks.utils import DataAttribute, as_classification_dataset
+    from avalanche.benchmarks.utils.classification_dataset import _make_taskaware_tensor_classification_dataset as made
 
     def dataset(pair: tuple[Tensor, Tensor]) -> Any:
-        made = TensorDataset(*pair)
-        return as_classification_dataset(
-            made, data_attributes=[DataAttribute(pair[1].tolist(), "targets"), _task_labels(len(pair[1]))]
-        )
-
-    def _task_labels(number: int) -> Any:
-        return DataAttribute([0] * number, "targets_task_labels", use_in_getitem=True)
+        return made(*pair, targets=pair[1].tolist(), task_labels=0)
 
     seed_everything(seed, verbose=False)
     model = network()
