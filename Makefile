@@ -39,6 +39,7 @@ bench: $(VENV)/.installed-bench  ## run the benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_tables.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_latency.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_proxies.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/continual.py
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

@@ -9,6 +9,11 @@ from lightning_optcore.compression.mixed_precision import MixedPrecision
 from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
 from lightning_optcore.compression.structured_pruning import StructuredPruning
+from lightning_optcore.meta.continual.averaged_gem import AveragedGEM
+from lightning_optcore.meta.continual.elastic_weight_consolidation import ElasticWeightConsolidation
+from lightning_optcore.meta.continual.experience_replay import ExperienceReplay
+from lightning_optcore.meta.continual.learning_without_forgetting import LearningWithoutForgetting
+from lightning_optcore.meta.continual.synaptic_intelligence import SynapticIntelligence
 from lightning_optcore.meta.fast_adaptation import FastAdaptation
 from lightning_optcore.meta.meta_learning import MetaLearning
 from lightning_optcore.nas.differentiable_search import DifferentiableSearch
@@ -18,11 +23,15 @@ from lightning_optcore.sweeps.population import PopulationMember
 from lightning_optcore.sweeps.pruning import TrialPruning
 
 __all__ = [
+    "AveragedGEM",
     "DifferentiableSearch",
+    "ElasticWeightConsolidation",
+    "ExperienceReplay",
     "FastAdaptation",
     "KernelFusion",
     "KnowledgeDistillation",
     "LayerwiseAllocation",
+    "LearningWithoutForgetting",
     "LowRankFactorization",
     "MagnitudePruning",
     "MetaLearning",
@@ -33,5 +42,6 @@ __all__ = [
     "QuantizationAwareTraining",
     "SampledTraining",
     "StructuredPruning",
+    "SynapticIntelligence",
     "TrialPruning",
 ]

@@ -18,7 +18,7 @@ from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-JOBS = ("train", "adapt", "measure", "profile", "nas", "report", "dashboard")
+JOBS = ("train", "adapt", "continual", "measure", "profile", "nas", "report", "dashboard")
 
 
 class JobError(CompactHydraException):

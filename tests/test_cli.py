@@ -68,7 +68,7 @@ def test_an_unknown_job_lists_the_jobs(optcore):
     done = optcore("tran")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "optcore: unknown job 'tran': expected one of train, measure, profile, nas, report, dashboard, "
+        "optcore: unknown job 'tran': expected one of train, measure, profile, nas, continual, report, dashboard, "
         "then overrides such as model.width=64"
     ]
 

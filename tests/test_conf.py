@@ -55,7 +55,8 @@ def test_every_option_composes_and_instantiates(tmp_path, option):
     if option == "model=architecture":
         chosen_ones = {"depth": 1, "width_1": 16, "activation": "relu"}
         more = [f"model.path={save_architecture(tmp_path / 'one.json', chosen_ones)}"]
-    config = composed(tmp_path, option, *more, job="nas" if group.startswith("nas/") else "train")
+    job = {"nas": "nas", "tasks": "continual"}.get(group.partition("/")[0], "train")
+    config = composed(tmp_path, option, *more, job=job)
     chosen = config if group == "experiment" else OmegaConf.select(config, group.replace("/", "."))
     nodes = list(targets(OmegaConf.to_container(chosen, resolve=True)))
     for node in nodes:

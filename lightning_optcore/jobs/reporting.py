@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -13,8 +15,17 @@ from lightning_optcore.report.html import write_run_report
 log = logging.getLogger(__name__)
 
 
-def report_of(config: DictConfig, recording: Recording, output_dir: Path) -> Path | None:
-    """Write ``report.html``; without a store, an extra, or the wish for it, there is none."""
+def report_of(
+    config: DictConfig, recording: Recording, output_dir: Path, *, matrix: Mapping[str, Any] | None = None
+) -> Path | None:
+    """Write ``report.html``; without a store, an extra, or the wish for it, there is none.
+
+    Args:
+        config: The composed configuration.
+        recording: The run.
+        output_dir: Where the report goes.
+        matrix: What every task of a sequence came to.
+    """
     stored = recording.read_back()
     if not config.report.enabled or stored is None:
         return None
@@ -25,6 +36,7 @@ def report_of(config: DictConfig, recording: Recording, output_dir: Path) -> Pat
             output_dir / "report.html",
             profiles=stored.profiles,
             history=stored.history,
+            matrix=matrix,
             assets_dir=Path(config.paths.output_root),
             self_contained=config.report.self_contained,
         )

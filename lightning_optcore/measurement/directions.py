@@ -28,6 +28,7 @@ _LOWER_IS_BETTER = (
     "wer",
     "cer",
     "fid",
+    "forgetting",
 )
 
 

@@ -18,6 +18,7 @@ from lightning_optcore.files import write_atomically
 from lightning_optcore.measurement.comparison import Comparison, compare
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.report import figures, profile_figures
+from lightning_optcore.report.continual_figures import matrix_figure
 from lightning_optcore.store import Run
 
 
@@ -53,6 +54,7 @@ def write_run_report(
     *,
     profiles: Mapping[str, Mapping[str, Any]] | None = None,
     history: Sequence[tuple[int, Mapping[str, Any]]] = (),
+    matrix: Mapping[str, Any] | None = None,
     assets_dir: str | Path | None = None,
     self_contained: bool = False,
 ) -> Path:
@@ -64,6 +66,7 @@ def write_run_report(
         path: The file to write.
         profiles: What the profiler said, by stage.
         history: Profiles of the same configuration: (run, profile), oldest first.
+        matrix: Of a sequence of tasks: what :func:`matrix_figure` draws, and its ``summary``: figures by name.
         assets_dir: Folder of plotly.js, written there once for all reports; the report's own by default.
         self_contained: Put plotly.js into the file instead (4.8 MB).
 
@@ -90,6 +93,8 @@ def write_run_report(
         figures=[Markup(fragment) for fragment in drawn],
         curves=Markup(figures.curves_figure(curves)) if curves else "",
         profiles=[(stage, profile, _profile_figures(profile)) for stage, profile in (profiles or {}).items()],
+        matrix=Markup(figures.fragment(matrix_figure(matrix))) if matrix is not None and matrix["rows"] else "",
+        transfers=[(name.replace("_", " "), f"{v:+.4f}") for name, v in matrix["summary"].items()] if matrix else [],
         history=Markup(figures.fragment(profile_figures.history_figure(history))) if len(history) > 1 else "",
         recipe=(run.recipe or {}).get("steps", []),
         environment=_environment(last),

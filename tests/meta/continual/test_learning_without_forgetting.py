@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from strangers import Plain
+from torch import nn
+
+from lightning_optcore.callbacks import ExperienceReplay, LearningWithoutForgetting
+from lightning_optcore.data import Digits
+from lightning_optcore.meta.continual import PermutedTask
+from lightning_optcore.meta.continual.learning_without_forgetting import retention_loss
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_the_loss_is_that_of_soft_labels_over_the_former_classes():
+    present, former, t = torch.randn(6, 5), torch.randn(6, 3), 2.0
+    p, q = torch.softmax(former / t, 1), torch.softmax(present[:, :3] / t, 1)
+    expected = t**2 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(retention_loss(present, former, t), expected)
+    with pytest.raises(ValueError, match="the student gives"):
+        retention_loss(former, present)
+
+
+def test_the_loss_is_logged_once_there_is_a_former_model(make_trainer):
+    callback, model = LearningWithoutForgetting(), Plain()
+    first = make_trainer(callback, limit_train_batches=3)
+    first.fit(model, datamodule=Digits())
+    assert "train/retention" not in first.callback_metrics
+    second = make_trainer(callback, limit_train_batches=3)
+    second.fit(model, datamodule=PermutedTask(Digits(), 1))
+    assert float(second.callback_metrics["train/retention"]) > 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_samples_that_replay_adds_do_not_confuse_it(make_trainer, first):
+    callbacks = [LearningWithoutForgetting(), ExperienceReplay(size=30)]
+    model = Plain()
+    for seed in (None, 1):
+        trainer = make_trainer(*(callbacks if first else callbacks[::-1]), limit_train_batches=3)
+        trainer.fit(model, datamodule=PermutedTask(Digits(), seed))
+    assert float(trainer.callback_metrics["train/retention"]) > 0
+
+
+def test_a_head_may_grow_between_tasks(make_trainer):
+    callback, model = LearningWithoutForgetting(), Plain()
+    make_trainer(callback, limit_train_batches=2).fit(model, datamodule=Digits())
+    model.net[3] = nn.Linear(48, 14)
+    trainer = make_trainer(callback, limit_train_batches=2)
+    trainer.fit(model, datamodule=Digits())
+    assert float(trainer.callback_metrics["train/retention"]) > 0
+
+
+def test_a_model_without_logits_is_named(make_trainer):
+    class Regressor(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[3] = nn.Linear(48, 1)
+
+        def training_step(self, batch, batch_idx):
+            return (self.net(batch[0])[:, 0] - batch[1]).square().mean()
+
+    callback, model = LearningWithoutForgetting(), Regressor()
+    make_trainer(callback, limit_train_batches=2, limit_val_batches=0).fit(model, datamodule=Digits())
+    with pytest.raises(MisconfigurationException, match=r"net gives \[\(64, 1\)\]; expected logits"):
+        make_trainer(callback, limit_train_batches=2, limit_val_batches=0).fit(model, datamodule=Digits())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"strength": -1}, "strength=-1: expected at least 0"), ({"temperature": 0}, "temperature=0: expected more")],
+)
+def test_wrong_options_fail_at_construction(options, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        LearningWithoutForgetting(**options)
