@@ -10,6 +10,7 @@ from lightning_optcore.compression.quantization import PostTrainingQuantization
 from lightning_optcore.compression.quantization_aware_training import QuantizationAwareTraining
 from lightning_optcore.compression.structured_pruning import StructuredPruning
 from lightning_optcore.meta.meta_learning import MetaLearning
+from lightning_optcore.meta.transfer.discriminative_finetuning import DiscriminativeFinetuning
 from lightning_optcore.nas.differentiable_search import DifferentiableSearch
 from lightning_optcore.nas.sampled_training import SampledTraining
 from lightning_optcore.profiling.performance_profiler import PerformanceProfiler
@@ -18,6 +19,7 @@ from lightning_optcore.sweeps.pruning import TrialPruning
 
 __all__ = [
     "DifferentiableSearch",
+    "DiscriminativeFinetuning",
     "KernelFusion",
     "KnowledgeDistillation",
     "LayerwiseAllocation",
