@@ -16,6 +16,7 @@ from lightning_optcore.meta.continual.learning_without_forgetting import Learnin
 from lightning_optcore.meta.continual.synaptic_intelligence import SynapticIntelligence
 from lightning_optcore.meta.fast_adaptation import FastAdaptation
 from lightning_optcore.meta.meta_learning import MetaLearning
+from lightning_optcore.meta.transfer.discriminative_finetuning import DiscriminativeFinetuning
 from lightning_optcore.nas.differentiable_search import DifferentiableSearch
 from lightning_optcore.nas.sampled_training import SampledTraining
 from lightning_optcore.profiling.performance_profiler import PerformanceProfiler
@@ -25,6 +26,7 @@ from lightning_optcore.sweeps.pruning import TrialPruning
 __all__ = [
     "AveragedGEM",
     "DifferentiableSearch",
+    "DiscriminativeFinetuning",
     "ElasticWeightConsolidation",
     "ExperienceReplay",
     "FastAdaptation",

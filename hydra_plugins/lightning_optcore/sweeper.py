@@ -20,6 +20,8 @@ class SweeperConf:
         constraints: Expressions that every candidate meets: ``["params['model.width'] <= 32"]``.
         conditions: When a parameter is there at all: ``{model.depth: "model == 'mlp'"}``.
         initial: Points to try first.
+        warm_start: How many more are tried first that did best in earlier sweeps of the store, on the most similar
+            model and data.
         directions: ``minimize`` or ``maximize`` for every objective; default those of ``objective`` in the
             configuration, else ``minimize``.
         n_trials: How many trials; default as many as the searcher itself wants.
@@ -43,6 +45,7 @@ class SweeperConf:
     constraints: List[str] = field(default_factory=list)  # noqa: UP006
     conditions: Dict[str, str] = field(default_factory=dict)  # noqa: UP006
     initial: List[Any] = field(default_factory=list)  # noqa: UP006
+    warm_start: int = 0
     directions: Optional[List[str]] = None  # noqa: UP006, UP045
     n_trials: Optional[int] = None  # noqa: UP045
     n_jobs: int = 1

@@ -18,6 +18,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_optcore.fingerprints import code_fingerprint
 from lightning_optcore.measurement.directions import Direction, direction_of
@@ -30,6 +31,7 @@ from lightning_optcore.sweeps.display import LiveTable
 from lightning_optcore.sweeps.journal import SweepError, SweepRecord, TrialRecord, held_journal
 from lightning_optcore.sweeps.results import write_results
 from lightning_optcore.sweeps.task import TrialTask
+from lightning_optcore.sweeps.warm_start import log_warm_points, warm_points
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class SweepOptions:
     constraints: Sequence[str] = ()
     conditions: Mapping[str, str] = field(default_factory=dict)
     initial: Sequence[Mapping[str, Any]] = ()
+    warm_start: int = 0
     directions: Sequence[Direction] | None = None
     n_trials: int | None = None
     n_jobs: int = 1
@@ -62,6 +65,8 @@ class SweepOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise SweepError(f"hydra.sweeper.{name}={value}: expected a positive number")
+        if self.warm_start < 0:
+            raise SweepError(f"hydra.sweeper.warm_start={self.warm_start}: expected a number of points, or 0 for none")
 
 
 @dataclass(frozen=True)
@@ -179,9 +184,8 @@ class Sweep:
             conditions=dict(options.conditions),
         )
         self._directions = directions_of(config, options.directions)
-        self._searcher = build_searcher(
-            space, self._directions, seed=options.seed, initial=[dict(one) for one in options.initial]
-        )
+        self._build_searcher = partial(build_searcher, space, self._directions, seed=options.seed)
+        self._searcher = self._build_searcher(initial=[dict(one) for one in options.initial])
         endless = not isinstance(self._searcher, Grid) and not hasattr(self._searcher, "generations")
         if options.n_trials is None and space.size == float("inf") and endless:
             raise SweepError(
@@ -206,6 +210,9 @@ class Sweep:
         with held_journal(path) as self._journal:
             resumed = self._resumed()
             record = resumed or self._begun()
+            # A sweep that has asked for points keeps those it began with in its searcher's state.
+            if self._options.warm_start and record.state is None and not self._plain_run:
+                self._start_warm()
             self._sweep_id = record.id
             self._directory = Path(record.directory)
             # A search goes on counting where one was before it in its folder; a plain run is numbered as Hydra does.
@@ -237,6 +244,27 @@ class Sweep:
             self._report(path, "done")
             self._journal.finish(record.id, "done")
         return self._returns
+
+    def _start_warm(self) -> None:
+        """Begin with what did best in earlier sweeps, after the points that were given."""
+        count = self._options.warm_start
+        space, fixed = self._searcher.space, list(self._template.fixed.values())
+        points = warm_points(self._journal, self._command(), space, self._directions, self._composed, fixed, count)
+        log_warm_points(points, count)
+        given = [dict(one) for one in self._options.initial]
+        self._searcher = self._build_searcher(initial=[*given, *(point.params for point in points)])
+
+    def _composed(self, overrides: Sequence[str]) -> dict[str, Any] | None:
+        """Return the configuration of a job; ``None`` where that of an earlier one does not exist any more."""
+        try:
+            config = self._context.config_loader.load_sweep_config(self._config, list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            log.debug("no configuration of %s: %s", overrides, error)
+            return None
+        with read_write(config), open_dict(config):
+            config.pop("hydra", None)
+        plain: Any = OmegaConf.to_container(config, resolve=False)
+        return dict(plain)
 
     def _loop(self, launcher: Any, unfinished: list[TrialRecord]) -> None:
         batch = unfinished
