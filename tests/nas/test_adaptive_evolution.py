@@ -162,7 +162,7 @@ def test_a_proxy_that_tells_the_quality_is_used():
 
 
 def test_every_fifth_goes_for_the_best_quality(monkeypatch):
-    monkeypatch.setattr(adaptive_evolution, "most_promising", lambda bounds, front, count: list(range(count)))
+    monkeypatch.setattr(adaptive_evolution, "most_promising", lambda bounds, front, count, efforts: list(range(count)))
     searcher = AdaptiveEvolution(
         layers_space(), DIRECTIONS, seed=0, known_costs=lambda params: {1: layers_cost(params)}
     )
