@@ -408,7 +408,7 @@ def compared(seed: int, seconds: float, recipe: tuple[int, int, int], results: R
     best = max(searches["NNI"], key=lambda trial: scalarised(trial[1], trial[2]))
     front = front_of(searches["ours"])
     half = [cost - math.log10(2) for cost in costs_of_cnn()]
-    competing = {"CNN": within(front, half)[:1], "NNI": within(front, best[2])[:FINALISTS]}
+    competing = {"CNN": within(front, half)[:FINALISTS], "NNI": within(front, best[2])[:FINALISTS]}
 
     nets: dict[str, Architecture | None] = {"CNN": None, "NNI": best[0]}
     nets |= {f"{rival} {i}": one[0] for rival, points in competing.items() for i, one in enumerate(points)}

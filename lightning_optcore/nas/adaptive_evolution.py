@@ -2,10 +2,11 @@
 
 Operations, bytes and parameters of a network are exact before it is trained, and its latency follows from a table; only
 its quality is learned, by the Gaussian process of :mod:`~lightning_optcore.search.surrogate`. Who is trained is chosen
-by the gain in hypervolume of the optimistic quality at the exact cost, over the front as the model smooths it; every
-fifth is the one of the greatest optimistic quality.
+by the gain in hypervolume of the optimistic quality at the exact cost, over the front as the model smooths it, for the
+effort of its training where that is known; every fifth is the one of the greatest optimistic quality.
 
-How often a value stands in an architecture is a feature (White et al., "A Study on Encodings for Neural Architecture
+What a network costs hints at its quality, and is a feature of the model. How often a value stands in an architecture is
+one (White et al., "A Study on Encodings for Neural Architecture
 Search", NeurIPS 2020), and so are zero-cost proxies (White et al., "How Powerful are Performance Predictors in Neural
 Architecture Search?", NeurIPS 2021).
 
@@ -54,6 +55,11 @@ class AdaptiveEvolution(Evolutionary):
             their own direction: ``{1: flops}``. It must return the same numbers whenever it is asked; ``None``, where
             a network cannot be built, stands for the worst.
         proxies: Returns, of a point, figures that hint at its quality, always as many: features of the model, by rank.
+        effort: Returns, of a point, what its training costs, in any unit above 0: the gain is divided by it.
+        worst: Of every objective the value that is worth nothing, e.g. what the network costs that is to be replaced;
+            ``None`` where that follows from the trials. What is known to cost more is not tried.
+        counted: At most so many children have their costs computed for a candidate, those that promise most at the
+            costs that are expected of them; ``None`` for all. For networks that take long to build.
         pool_size: How many children are screened at a time.
         random_points: How many random points are screened with them.
         exploration: How many standard deviations better than its mean a quality is taken to be.
@@ -100,6 +106,10 @@ class AdaptiveEvolution(Evolutionary):
             raise SearchError("surrogate=False: AdaptiveEvolution without its model is Evolutionary; use that")
         if random_points < 0:
             raise SearchError(f"random_points={random_points}: expected 0 or more")
+        if counted is not None and counted < 1:
+            raise SearchError(f"counted={counted}: expected at least 1, or None for all")
+        if worst is not None and len(worst) != len(directions):
+            raise SearchError(f"worst={list(worst)}: expected a value or None for each of {len(directions)} objectives")
         self.known_costs = known_costs
         self.proxies = proxies
         self.effort = effort
