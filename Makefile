@@ -29,12 +29,16 @@ format: $(VENV)/.installed-test  ## format the code
 
 bench: $(VENV)/.installed-bench  ## run the benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantization.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quantization_aware_training.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/pruning.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sentence_embeddings.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/low_rank.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fusion_and_precision.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profiling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/search.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_tables.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_latency.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_proxies.py
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

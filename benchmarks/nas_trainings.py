@@ -11,11 +11,11 @@ Our objectives are accuracy, latency and bytes. NNI's strategy, which has one ob
 sum: the accuracy scaled from ``LEAST`` to ``BEST``, the logarithms of both costs from the least of the space to the
 CNN's; its result is the network with the greatest sum.
 
-The networks that compete are then trained anew, alike, with more images, and compared on the 10,000 test images. Against
-the CNN competes the most accurate point of the front among those that cost at most half of it; against NNI's network
-the ``FINALISTS`` most accurate points among those that cost at most as much as it, of which the one that is best on the
-validation images after that training counts. A network dominates another if it is at least as accurate, at most as slow
-and at most as large, and better in one. Latencies are measured in turns; the test images choose nothing.
+The networks that compete are then trained anew, alike, with more images, and compared on the 10,000 test images.
+Against the CNN compete the ``FINALISTS`` most accurate points of the front among those that cost at most half of it,
+in milliseconds and in bytes; against NNI's network those that cost at most as much as it. Of these the one counts that
+is best on the validation images after that training. A network dominates another if it is at least as accurate, at most
+as slow and at most as large, and better in one. Latencies are measured in turns; the test images choose nothing.
 
 Killed, it continues with ``--output``: what is finished is in that file.
 """

@@ -19,8 +19,13 @@ SCHEMA_VERSION = 1
 
 # Where the built-in steps register themselves; imported when a recipe names one of them.
 _BUILT_IN = {
+    "layerwise_allocation": "lightning_optcore.compression.allocation",
+    "kernel_fusion": "lightning_optcore.compression.kernel_fusion",
+    "mixed_precision": "lightning_optcore.compression.mixed_precision",
+    "low_rank_factorization": "lightning_optcore.compression.low_rank",
     "post_training_quantization": "lightning_optcore.compression.quantization",
     "magnitude_pruning": "lightning_optcore.compression.magnitude_pruning",
+    "quantization_aware_training": "lightning_optcore.compression.quantization_aware_training",
     "structured_pruning": "lightning_optcore.compression.structured_pruning",
 }
 

@@ -115,6 +115,8 @@ trials = sa.Table(
     sa.Column("status", sa.Text, nullable=False),
     sa.Column("objectives", sa.Text),
     sa.Column("failure", sa.Text),
+    # By how much limits are exceeded, as shares of these; null where there are none, or they are kept.
+    sa.Column("violation", sa.Float),
     sa.Column("fingerprint", sa.Text, index=True),
     sa.Column("cached_from", sa.Text),
     sa.Column("directory", sa.Text),
@@ -155,6 +157,12 @@ def _create_sweeps(connection: Connection) -> None:
         table.create(connection)
 
 
+def _add_violations(connection: Connection) -> None:
+    # A store that is new has the column from the migration before.
+    if "violation" not in {column["name"] for column in sa.inspect(connection).get_columns("trials")}:
+        connection.execute(sa.text("ALTER TABLE trials ADD COLUMN violation FLOAT"))
+
+
 # Migration i brings schema version i to i + 1. Append; never change one that was released.
-MIGRATIONS = (_create_first_tables, _create_layer_latencies, _create_profiles, _create_sweeps)
+MIGRATIONS = (_create_first_tables, _create_layer_latencies, _create_profiles, _create_sweeps, _add_violations)
 SCHEMA_VERSION = len(MIGRATIONS)

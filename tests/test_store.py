@@ -13,7 +13,9 @@ import pytest
 import sqlalchemy as sa
 
 from lightning_optcore import Recipe, Store
+from lightning_optcore.search.searcher import Candidate
 from lightning_optcore.store import StoreError
+from lightning_optcore.sweeps.journal import Journal
 
 WRITER = Path(__file__).parent / "store_writer.py"
 RECIPE = Recipe().then("post_training_quantization", scheme="static").to_dict()
@@ -156,6 +158,24 @@ def test_opening_again_keeps_what_is_there(tmp_path):
         run_id = store.start("train")
     with Store(f"sqlite:///{path}") as store:
         assert store.run(run_id).job == "train"
+
+
+def test_a_store_of_an_older_schema_is_brought_forward_with_what_it_holds(tmp_path):
+    path = tmp_path / "optcore.db"
+    with Store(path) as store:
+        journal = Journal(store)
+        sweep_id = journal.begin("python", str(tmp_path), {}, ["minimize"])
+        journal.add_batch(sweep_id, 1, 0, [(Candidate(0, {"x": 1}), []), (Candidate(1, {"x": 2}), [])], {})
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE trials DROP COLUMN violation")
+        connection.execute("UPDATE schema_version SET version = 4")
+    with Store(path) as store:
+        journal = Journal(store)
+        first, second = journal.trials(sweep_id)
+        journal.end_trial(first, [1.0], "flops 3 over its limit 2", status="done", violation=0.5)
+        journal.end_trial(second, [1.0])
+        first, second = journal.trials(sweep_id)
+        assert (first.violation, first.feasible, second.violation, second.feasible) == (0.5, False, 0.0, True)
 
 
 def test_a_folder_that_cannot_be_written_is_named():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,6 +20,8 @@ from torch import nn
 
 from lightning_optcore.compression._compat import allow_instantiator
 from lightning_optcore.compression.attention import HeadPrunedAttention, allow_all_heads
+from lightning_optcore.compression.execution import run_plainly
+from lightning_optcore.compression.fake_quantization import remove_fake_quantization
 from lightning_optcore.compression.structure import Structure, resize
 from lightning_optcore.recipe import Recipe, RecipeError, Step, rebuild
 
@@ -40,11 +43,13 @@ class Ledger:
         original: The structure that the module was made with.
         steps: Steps of the recipe, by the key of the technique that did them, in order.
         users: Techniques that are using it.
+        replaced: Submodules, without their weights, in whose places techniques put others, by name.
     """
 
     original: Structure
     steps: dict[str, Step] = field(default_factory=dict)
     users: int = 0
+    replaced: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -52,8 +57,32 @@ class Ledger:
         return Recipe(tuple(self.steps.values()))
 
     def record(self, key: str, step: Step) -> None:
-        """Write what a technique did; a later step of the same technique takes the place of its earlier one."""
+        """Write what a technique did; a later step of the same technique takes the place of its earlier one.
+
+        It goes to the end where another technique acted in between: its shapes are those after that.
+        """
+        later = list(self.steps)[list(self.steps).index(key) :] if key in self.steps else []
+        if any(self.steps[other].name != step.name for other in later):
+            del self.steps[key]
         self.steps[key] = step
+
+    @contextmanager
+    def replacing(self, module: nn.Module) -> Iterator[None]:
+        """Remember which submodules are replaced inside the context."""
+        before = dict(module.named_modules())
+        yield
+        after = dict(module.named_modules())
+        for name, child in before.items():
+            inside = any(name == known or name.startswith(f"{known}.") for known in self.replaced)
+            if after.get(name) is not child and not inside:
+                self.replaced[name] = copy.deepcopy(child).to("meta")
+
+    def restore(self, module: nn.Module) -> None:
+        """Put the replaced submodules back into the module, or a copy of it, with weights of no meaning."""
+        for name, skeleton in self.replaced.items():
+            present = module.get_submodule(name)
+            device = next((tensor.device for tensor in present.parameters()), torch.device("cpu"))
+            module.set_submodule(name, copy.deepcopy(skeleton).to_empty(device=device).train(present.training))
 
 
 def recipe_of(module: nn.Module) -> Recipe:
@@ -96,20 +125,26 @@ def _wrap_hooks(pl_module: Any, trainer: Any, ledger: Ledger) -> None:
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
         save(checkpoint)
-        if ledger.steps:
-            checkpoint[RECIPE_KEY] = ledger.recipe.to_dict()
-            parameters = dict(checkpoint.get(pl_module.CHECKPOINT_HYPER_PARAMS_KEY) or {})
-            checkpoint[pl_module.CHECKPOINT_HYPER_PARAMS_KEY] = {**parameters, "_instantiator": INSTANTIATOR}
+        write_recipe(pl_module, checkpoint)
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         recipe = _recipe_in(checkpoint)
         _follow(pl_module, ledger, recipe)
         for average in averaged_models(trainer):
-            _bring_to(average, ledger.original, recipe)
+            _bring_to(average, ledger, recipe)
         load(checkpoint)
 
     pl_module.on_save_checkpoint = on_save_checkpoint
     pl_module.on_load_checkpoint = on_load_checkpoint
+
+
+def write_recipe(pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    """Put what was done to a module into a checkpoint of it."""
+    recipe = recipe_of(pl_module)
+    if recipe.steps:
+        checkpoint[RECIPE_KEY] = recipe.to_dict()
+        parameters = dict(checkpoint.get(pl_module.CHECKPOINT_HYPER_PARAMS_KEY) or {})
+        checkpoint[pl_module.CHECKPOINT_HYPER_PARAMS_KEY] = {**parameters, "_instantiator": INSTANTIATOR}
 
 
 def averaged_models(trainer: Any) -> list[nn.Module]:
@@ -120,7 +155,7 @@ def averaged_models(trainer: Any) -> list[nn.Module]:
 
 def _follow(pl_module: Any, ledger: Ledger, recipe: Recipe) -> None:
     if recipe != ledger.recipe:
-        _bring_to(pl_module, ledger.original, recipe)
+        _bring_to(pl_module, ledger, recipe)
     # The keys of techniques are their step's names, numbered where one is used twice.
     ledger.steps.clear()
     for step in recipe.steps:
@@ -133,13 +168,17 @@ def free_key(ledger: Ledger, name: str) -> str:
     return name if number == 0 else f"{name}.{number}"
 
 
-def _bring_to(module: nn.Module, original: Structure, recipe: Recipe) -> None:
+def _bring_to(module: nn.Module, ledger: Ledger, recipe: Recipe) -> None:
     """Give a module the shape of a recipe, whatever its present one."""
+    run_plainly(module)
+    ledger.restore(module)
     for child in module.modules():
         if isinstance(child, HeadPrunedAttention):
             allow_all_heads(child)
-    resize(module, original)
-    rebuild(module, recipe)
+    remove_fake_quantization(module)
+    resize(module, ledger.original)
+    with ledger.replacing(module):
+        rebuild(module, recipe)
 
 
 def copy_with_recipe(pl_module: Any) -> Any:
@@ -159,7 +198,7 @@ def load_weights(pl_module: Any, checkpoint: Mapping[str, Any]) -> None:
         RuntimeError: If the weights do not fit.
     """
     ledger = pl_module.__dict__.get(_LEDGER) or Ledger(Structure.of(pl_module))
-    _bring_to(pl_module, ledger.original, _recipe_in(checkpoint))
+    _bring_to(pl_module, ledger, _recipe_in(checkpoint))
     pl_module.load_state_dict(checkpoint["state_dict"])
 
 

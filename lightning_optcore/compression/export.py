@@ -31,7 +31,7 @@ class ExportError(RuntimeError):
     """A module that cannot be exported; the message says why, in one line."""
 
 
-def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
+def export_onnx(module: nn.Module, example_inputs: Any, *, tracing_first: bool = False) -> OnnxModel:
     """Export a module to ONNX with a free batch size.
 
     The module is exported in evaluation mode, by ``torch.export`` first and by tracing where that
@@ -41,6 +41,8 @@ def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
     Args:
         module: A plain module or a LightningModule, on the CPU. It is left as it was.
         example_inputs: What ``forward`` takes: a tensor, a tuple or a dict of keyword arguments.
+        tracing_first: Trace, and ``torch.export`` only where that refuses: a fraction of the time, for graphs that
+            are looked at and thrown away.
 
     Raises:
         ExportError: If no exporter takes the module, or the graph does not give the module's outputs.
@@ -60,7 +62,7 @@ def export_onnx(module: nn.Module, example_inputs: Any) -> OnnxModel:
         if not list(tensors_in(output)):
             raise ExportError(f"{type(module).__name__}.forward returns no tensor in dicts, lists or tuples")
         reasons = []
-        for exporter in (_export_program, _trace):
+        for exporter in (_trace, _export_program) if tracing_first else (_export_program, _trace):
             try:
                 with _export_settings():
                     proto = exporter(_Flat(module, small).eval(), small.tensors(), axes, _tensor_names(names, small))

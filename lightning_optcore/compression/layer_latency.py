@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -98,6 +99,18 @@ class LayerLatency:
                 call = _layer_call(shape, batch_size, self.backend)
                 self._known[key] = self._new[key] = fastest_burst(call)
         return self._known[key]
+
+
+def backend_after(trainer: Any, callback: Any) -> str:
+    """Return where the model of a callback will run: where a later callback deploys it, else torch."""
+    later = trainer.callbacks[trainer.callbacks.index(callback) + 1 :]
+    return next((other.deploys_to for other in later if hasattr(other, "deploys_to")), "torch")
+
+
+def default_cache() -> Path:
+    """Return the store that keeps the timed layers of this machine."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "lightning_optcore" / "latency.db"
 
 
 def layer_shapes(module: nn.Module, inputs: Inputs) -> dict[str, LayerShape]:

@@ -1,7 +1,8 @@
-"""4-bit embeddings: half of a small transformer is its table of tokens."""
+"""Embeddings in 4 or 8 bits: half of a small transformer is its table of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lightning_optcore.compression.onnx_model import OnnxModel
-
-# A smaller table is not worth a scale per block.
-_FEWEST_ROWS = 256
-_BLOCKS = (64, 32, 16)
-# The best scale of a block is seldom the one that its largest value asks for.
-_SCALE_FACTORS = np.linspace(0.6, 1.05, 19)
+from lightning_optcore.compression.rounding import SCALE_FACTORS, embedding_block
 
 
 def embedding_nodes(model: OnnxModel) -> list[str]:
@@ -27,19 +23,23 @@ def embedding_nodes(model: OnnxModel) -> list[str]:
     ]
 
 
-def with_int4_embeddings(model: OnnxModel) -> OnnxModel:
+def with_int4_embeddings(model: OnnxModel, nodes: Sequence[str] | None = None) -> OnnxModel:
     """Store the embeddings of a model in 4 bits, in blocks along a row, each with the scale of least squared error.
 
     The tables are looked up by ONNX Runtime's ``GatherBlockQuantized``, which unpacks the rows that are asked for.
+
+    Args:
+        model: A model in floating point, or with other layers quantized.
+        nodes: Names of the look-ups to change, out of :func:`embedding_nodes`; by default all.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     tables = {tensor.name: tensor for tensor in proto.graph.initializer}
-    chosen = set(embedding_nodes(model))
-    nodes = []
+    chosen = set(embedding_nodes(model) if nodes is None else nodes)
+    changed = []
     for node in proto.graph.node:
         if node.name not in chosen:
-            nodes.append(node)
+            changed.append(node)
             continue
         name = node.input[0]
         block = _block_of(tables[name])
@@ -50,7 +50,7 @@ def with_int4_embeddings(model: OnnxModel) -> OnnxModel:
             packed.raw_data = _packed(numbers)
             proto.graph.initializer.extend([packed, numpy_helper.from_array(scales, f"{name}_int4_scale")])
         attributes: dict[str, Any] = {"block_size": block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
-        nodes.append(
+        changed.append(
             helper.make_node(
                 "GatherBlockQuantized",
                 [f"{name}_int4", node.input[1], f"{name}_int4_scale"],
@@ -61,7 +61,7 @@ def with_int4_embeddings(model: OnnxModel) -> OnnxModel:
             )
         )
     del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+    proto.graph.node.extend(changed)
     if not any(opset.domain == "com.microsoft" for opset in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     used = {name for node in proto.graph.node for name in node.input}
@@ -71,10 +71,49 @@ def with_int4_embeddings(model: OnnxModel) -> OnnxModel:
     return OnnxModel(proto.SerializeToString(), model.signature)
 
 
+def with_int8_embeddings(model: OnnxModel) -> OnnxModel:
+    """Store the embeddings of a model in 8 bits, each row with a scale of its own.
+
+    ONNX Runtime's own form has one scale for a whole table.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    tables = {tensor.name: tensor for tensor in proto.graph.initializer}
+    nodes = []
+    for node in proto.graph.node:
+        table = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        along_rows = not any(attribute.name == "axis" and attribute.i != 0 for attribute in node.attribute)
+        if table is None or table.data_type != TensorProto.FLOAT or len(table.dims) != 2 or not along_rows:
+            nodes.append(node)
+            continue
+        numbers, scales = f"{table.name}_int8", f"{table.name}_int8_scale"
+        if numbers not in tables:
+            rows = numpy_helper.to_array(table)
+            height = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+            scale = np.where(height > 0, height, 1).astype(np.float32)
+            added = (
+                numpy_helper.from_array(np.round(rows / scale).astype(np.int8), numbers),
+                numpy_helper.from_array(scale, scales),
+            )
+            proto.graph.initializer.extend(added)
+            tables |= {tensor.name: tensor for tensor in added}
+        name, (output,) = node.name, node.output
+        row, scale_of_row, number = f"{output}_row", f"{output}_row_scale", f"{output}_row_number"
+        nodes += [
+            helper.make_node("Gather", [numbers, node.input[1]], [row], name=f"{name}_row"),
+            helper.make_node("Gather", [scales, node.input[1]], [scale_of_row], name=f"{name}_row_scale"),
+            helper.make_node("Cast", [row], [number], name=f"{name}_row_number", to=TensorProto.FLOAT),
+            helper.make_node("Mul", [number, scale_of_row], [output], name=name),
+        ]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return OnnxModel(proto.SerializeToString(), model.signature)
+
+
 def _block_of(table: TensorProto) -> int | None:
-    if table.data_type != TensorProto.FLOAT or len(table.dims) != 2 or table.dims[0] < _FEWEST_ROWS:
+    if table.data_type != TensorProto.FLOAT or len(table.dims) != 2:
         return None
-    return next((block for block in _BLOCKS if table.dims[1] % block == 0), None)
+    return embedding_block(*table.dims)
 
 
 def _rounded(table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +123,7 @@ def _rounded(table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
     least = np.full(largest.shape, np.inf, np.float32)
     best = np.ones_like(largest)
-    for factor in _SCALE_FACTORS:
+    for factor in SCALE_FACTORS:
         # The sign brings the largest value to -8, which reaches one step further than 7.
         scale = (-largest / 8 * factor).astype(np.float32)
         scale[scale == 0] = 1.0

@@ -6,12 +6,12 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -96,6 +96,7 @@ def quantized(
     excluded: Sequence[str] = (),
     only: Sequence[str] = (),
     widths: Widths | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> OnnxModel:
     """Quantize weights and activations of a prepared model.
 
@@ -107,6 +108,8 @@ def quantized(
         excluded: Names of nodes that stay in fp32.
         only: Names of the nodes to quantize; empty means all.
         widths: Bits of weights and embeddings; 8 by default.
+        ranges: Smallest and largest value of tensors that are known already, for ``"static"``. With them, a linear
+            layer's output stays in floating point unless another layer reads it.
     """
     widths = widths or Widths()
     excluded = list(excluded)
@@ -117,7 +120,7 @@ def quantized(
         if widths.weight_bits == 4:
             model = with_int4_weights(model, excluded)
         elif scheme == "static":
-            model = _static(model, calibration, excluded, only, widths.reduce_range)
+            model = _static(model, calibration, excluded, only, widths.reduce_range, ranges)
         else:
             model = _dynamic(smoothed(model, calibration), excluded, only, widths.reduce_range)
         if small_tables:
@@ -126,8 +129,19 @@ def quantized(
 
 
 def _static(
-    model: OnnxModel, calibration: Sequence[Inputs], excluded: Sequence[str], only: Sequence[str], reduce_range: bool
+    model: OnnxModel,
+    calibration: Sequence[Inputs],
+    excluded: Sequence[str],
+    only: Sequence[str],
+    reduce_range: bool,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> OnnxModel:
+    options: dict[str, Any] = {}
+    if ranges is not None:
+        as_numbers = {
+            name: [{"rmin": np.float32(low), "rmax": np.float32(high)}] for name, (low, high) in ranges.items()
+        }
+        options = {"TensorQuantOverrides": as_numbers, "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]}
     with _workspace() as folder:
         source, target = folder / "model.onnx", folder / "quantized.onnx"
         source.write_bytes(model.content)
@@ -143,6 +157,7 @@ def _static(
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(excluded),
             nodes_to_quantize=list(only),
+            extra_options=options,
         )
         return OnnxModel(target.read_bytes(), model.signature)
 
@@ -158,10 +173,15 @@ def _dynamic(model: OnnxModel, excluded: Sequence[str], only: Sequence[str], red
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(excluded),
-            nodes_to_quantize=list(only),
+            nodes_to_exclude=_as_products(excluded),
+            nodes_to_quantize=_as_products(only),
         )
         return OnnxModel(target.read_bytes(), model.signature)
+
+
+def _as_products(nodes: Sequence[str]) -> list[str]:
+    """Return names also as ONNX Runtime has them once it has written every Gemm as a product."""
+    return [*nodes, *(f"{name}_MatMul" for name in nodes)]
 
 
 def quantizable_nodes(model: OnnxModel, scheme: Scheme) -> list[str]:

@@ -6,37 +6,35 @@ Integer-Arithmetic-Only Inference", CVPR 2018 (arXiv:1712.05877).
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_optcore.compression import onnx_quantization
-from lightning_optcore.compression.artifact import Artifact, ArtifactError, write_artifact
+from lightning_optcore.compression.artifact_making import (
+    OUTPUT_COSINE,
+    ArtifactCallback,
+    Made,
+    NoArtifact,
+    Source,
+    check_openvino,
+    require_small_weights,
+    required_metric,
+    single_precision_copy,
+)
 from lightning_optcore.compression.checkpoints import recipe_of
-from lightning_optcore.compression.export import ExportError, export_onnx
+from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.onnx_model import OnnxModel
 from lightning_optcore.compression.onnx_quantization import QuantizationError, Widths
-from lightning_optcore.compression.user_validation import UserValidation
-from lightning_optcore.measurement.directions import direction_of
-from lightning_optcore.measurement.forward_calls import ForwardRecorder, detached_copy, submodule
-from lightning_optcore.measurement.inputs import Inputs, joined
-from lightning_optcore.measurement.measurement import Measurement
+from lightning_optcore.compression.user_validation import quality_drop
+from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.timing import time_in_turns
-from lightning_optcore.measurement.yardstick import check_arguments, measure_alternatives
 from lightning_optcore.recipe import register_step
-
-log = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime", "openvino")
 SCHEMES = ("auto", "static", "dynamic")
@@ -44,8 +42,6 @@ WEIGHT_BITS = (8, 4)
 EMBEDDING_BITS = (8, 4)
 STEP = "post_training_quantization"
 
-# The metric that stands in where validation does not run the model.
-OUTPUT_COSINE = "output_cosine"
 _ACCEPTED_COSINE = 0.98
 
 
@@ -147,6 +143,7 @@ def post_training_quantize(
         ValueError: If there are no calibration inputs.
 
     Example:
+        >>> import torch
         >>> batches = [torch.randn(32, 16) for _ in range(4)]
         >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> post_training_quantize(net, batches, scheme="static").model(batches[0]).shape
@@ -180,6 +177,7 @@ def quantization_candidates(
     first, the cheapest of them leading; then the others, by how close they stay.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> sorted(c.parameters.scheme for c in quantization_candidates(net, [torch.randn(32, 16)]))
         ['dynamic', 'static']
@@ -261,7 +259,7 @@ def _check_options(backend: str, scheme: str, weight_bits: int, embedding_bits: 
         raise MisconfigurationException(f"{STEP}.scheme='static': weight_bits=4 leaves activations in floating point")
 
 
-class PostTrainingQuantization(Callback):
+class PostTrainingQuantization(ArtifactCallback):
     """Make a deployable int8 artifact of the trained model at the end of the fit.
 
     The module that the steps really call (the LightningModule, or a child such as ``self.net``) is
@@ -306,6 +304,7 @@ class PostTrainingQuantization(Callback):
         >>> trainer = Trainer(callbacks=[PostTrainingQuantization(max_quality_drop=0.005)], logger=False)
     """
 
+    step = STEP
     # Callbacks before it choose by what is fast there; OpenVINO's layers are taken to be like ONNX Runtime's.
     deploys_to = "onnxruntime-int8"
 
@@ -325,193 +324,70 @@ class PostTrainingQuantization(Callback):
         rounds: int = 30,
         reduce_range: bool = True,
     ) -> None:
-        super().__init__()
         _check_options(backend, scheme, weight_bits, embedding_bits)
         if backend == "openvino":
-            _check_installed("nncf", "openvino")
+            check_openvino(STEP)
         _check_drop(max_quality_drop)
         if mode not in (None, "min", "max"):
             raise MisconfigurationException(f"{STEP}.mode={mode!r}: expected one of min, max, null")
-        try:
-            check_arguments(batch_sizes, num_threads, rounds)
-            check_arguments([calibration_samples], 1, 1)
-        except ValueError as error:
-            wrong = f"batch_sizes=[{calibration_samples!r}]"
-            text = str(error).replace(wrong, f"calibration_samples={calibration_samples!r}")
-            raise MisconfigurationException(f"{STEP}.{text}") from error
-        for key, text_or_none in (("output_dir", output_dir), ("monitor", monitor)):
-            if text_or_none is not None and not isinstance(text_or_none, (str, Path)):
-                raise MisconfigurationException(f"{STEP}.{key}={text_or_none!r}: expected text, or null")
+        self.check_text("monitor", monitor)
+        super().__init__(output_dir, calibration_samples, batch_sizes, num_threads, rounds)
         self.backend = backend
         self.scheme = scheme
         self.weight_bits = weight_bits
         self.embedding_bits = embedding_bits
         self.reduce_range = reduce_range
         self.max_quality_drop = max_quality_drop
-        self.output_dir = output_dir
         self.monitor = monitor
         self.mode = mode
-        self.calibration_samples = calibration_samples
-        self.batch_sizes = tuple(batch_sizes)
-        self.num_threads = num_threads
-        self.rounds = rounds
-        self.artifact: Artifact | None = None
-        self.before: Measurement | None = None
-        self.after: Measurement | None = None
-        self.error: str | None = None
-        self._training_calls: ForwardRecorder | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Check that there is a place for the artifact before anything is trained for it."""
-        folder = Path(self.output_dir or trainer.default_root_dir)
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        others = [c for c in trainer.callbacks if isinstance(c, PostTrainingQuantization) and c is not self]
-        if any(other.output_dir == self.output_dir for other in others):
-            raise MisconfigurationException(
-                f"{STEP}.output_dir={self.output_dir}: two callbacks quantize into one folder; give each its own"
-            )
-        if stage == "fit" and (not there.is_dir() or not os.access(there, os.W_OK | os.X_OK)):
-            raise MisconfigurationException(
-                f"{STEP}.output_dir={self.output_dir}: {there} is no folder that can be written; name another"
-            )
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to record the inputs of the model for the calibration."""
-        self.artifact = self.before = self.after = self.error = None
-        self._training_calls = ForwardRecorder(pl_module, self.calibration_samples)
-        self._training_calls.attach()
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """Stop to record once there are enough samples: later steps cost nothing."""
-        calls = self._training_calls
-        if calls is not None and calls.samples >= self.calibration_samples:
-            calls.detach()
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Validation inputs are no calibration data."""
-        if self._training_calls is not None:
-            self._training_calls.detach()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave the module as it was."""
-        if self._training_calls is not None:
-            self._training_calls.detach()
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Quantize, check, measure and write."""
-        if self._training_calls is not None:
-            self._training_calls.detach()
-        if trainer.is_global_zero:
-            try:
-                self._make_artifact(trainer, pl_module)
-            except (ExportError, QuantizationError, ArtifactError, _Refused) as error:
-                self.error = str(error)
-            except Exception as error:
-                # Whatever the user's validation does with an artifact in it, the fit was good.
-                log.debug("no artifact", exc_info=True)
-                self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if self.error is not None:
-                rank_zero_warn(f"{STEP}: no artifact. {self.error}")
-        trainer.strategy.barrier("post_training_quantization")
-
-    def _make_artifact(self, trainer: Any, pl_module: Any) -> None:
-        device = next((p.device for p in pl_module.parameters()), None)
-        pl_module.to("cpu")
-        try:
-            self._make_artifact_on_cpu(trainer, pl_module)
-        finally:
-            if device is not None:
-                pl_module.to(device)
-
-    def _make_artifact_on_cpu(self, trainer: Any, pl_module: Any) -> None:
-        validation = UserValidation(trainer, pl_module)
-        name, batches = self._calibration(validation, pl_module)
-        batches = [batch.map(_in_single_precision) for batch in batches]
-        quality_before = {**validation.of_model(), OUTPUT_COSINE: 1.0}
-        target = _single_precision_copy(submodule(pl_module, name))
+    def make(self, trainer: Any, pl_module: Any, source: Source) -> Made:
+        """Quantize and choose."""
+        quality_before = {**source.validation.of_model(), OUTPUT_COSINE: 1.0}
+        target = single_precision_copy(source.module)
         candidates = quantization_candidates(
             target,
-            batches,
+            source.batches,
             backend=self.backend,
             scheme=self.scheme,
             weight_bits=self.weight_bits,
             embedding_bits=self.embedding_bits,
             reduce_range=self.reduce_range,
         )
-        _require_int8(candidates[0])
-        result, quality_after = self._accepted(trainer, validation, name, target, candidates, quality_before)
-        if OUTPUT_COSINE not in quality_after:
-            quality_before.pop(OUTPUT_COSINE)
-        measurements = measure_alternatives(
-            {"before": target, "after": result.model},
-            batches[0],
-            batch_sizes=self.batch_sizes,
-            num_threads=self.num_threads,
-            rounds=self.rounds,
-            quality={"before": quality_before, "after": quality_after},
-        )
-        folder = Path(self.output_dir or Path(trainer.default_root_dir) / "artifact")
-        self.artifact = write_artifact(
-            folder,
-            result.model,
-            recipe_of(pl_module).then(STEP, **vars(result.parameters)),
-            before=measurements["before"],
-            after=measurements["after"],
-        )
-        self.before, self.after = measurements["before"], measurements["after"]
-        rank_zero_info(f"{STEP}: wrote {folder}")
-
-    def _calibration(self, validation: UserValidation, pl_module: Any) -> tuple[str, list[Inputs]]:
-        """Return the called module's name and batches of its inputs, from training where there was any."""
-        training = self._training_calls.inputs if self._training_calls is not None else {}
-        name = validation.target()
-        if name is None or not training.get(name):
-            recorded_in_training = self._training_calls.target() if self._training_calls is not None else None
-            name = name if name is not None else recorded_in_training
-        if name is None:
-            example = getattr(pl_module, "example_input_array", None)
-            if example is None:
-                raise ExportError(
-                    f"cannot tell what {type(pl_module).__name__} takes: neither training_step nor "
-                    "validation_step called a module with parameters; set its example_input_array"
-                )
-            return "", [Inputs.of(example)]
-        batches = training.get(name) or validation.training_inputs(name, self.calibration_samples)
-        merged = joined(_of_one_structure(batches))
-        count = min(merged.batch_size, self.calibration_samples)
-        return name, _split(merged, count)
+        require_small_weights(STEP, candidates[0].model)
+        result, quality_after = self._accepted(trainer, source, candidates, quality_before)
+        recipe = recipe_of(pl_module).then(STEP, **vars(result.parameters))
+        return Made(target, result.model, recipe, quality_before, quality_after)
 
     def _accepted(
-        self,
-        trainer: Any,
-        validation: UserValidation,
-        name: str,
-        target: nn.Module,
-        candidates: Sequence[QuantizedModel],
-        before: dict[str, float],
+        self, trainer: Any, source: Source, candidates: Sequence[QuantizedModel], before: dict[str, float]
     ) -> tuple[QuantizedModel, dict[str, float]]:
         """Return the cheapest candidate within ``max_quality_drop``, else one with as few layers in fp32 as will do."""
+
+        def quality_of(candidate: QuantizedModel) -> dict[str, float]:
+            return self.quality_of(source, candidate.model, candidate.calibration[-1])
+
         result = candidates[0]
-        quality = self._quality_of(validation, name, target, result)
+        quality = quality_of(result)
         if self.max_quality_drop is None:
             if self.monitor is not None and self.monitor not in quality:
                 rank_zero_warn(f"{STEP}.monitor={self.monitor!r} was never logged in validation: only {list(quality)}")
             return result, quality
-        metric = self._metric(trainer, before, quality)
-        drop, allowed = _drop(metric, self.mode, before, quality), self.max_quality_drop
+        metric = required_metric(STEP, self.monitor, trainer, before, quality)
+        drop, allowed = quality_drop(metric, self.mode, before, quality), self.max_quality_drop
         if drop <= allowed:
             return result, quality
         for candidate in candidates[1:]:
-            reached = self._quality_of(validation, name, target, candidate)
-            if _drop(metric, self.mode, before, reached) <= allowed:
+            reached = quality_of(candidate)
+            if quality_drop(metric, self.mode, before, reached) <= allowed:
                 return candidate, reached
         nodes = result.most_sensitive_nodes()
         tried: dict[int, tuple[QuantizedModel, dict[str, float], float]] = {}
 
         def accepted(count: int) -> bool:
             candidate = result.excluding(nodes[:count])
-            reached = self._quality_of(validation, name, target, candidate)
-            tried[count] = (candidate, reached, _drop(metric, self.mode, before, reached))
+            reached = quality_of(candidate)
+            tried[count] = (candidate, reached, quality_drop(metric, self.mode, before, reached))
             return tried[count][2] <= allowed
 
         count = _fewest(len(nodes) - 1, accepted)
@@ -523,67 +399,9 @@ class PostTrainingQuantization(Callback):
             if tried
             else ""
         )
-        raise _Refused(
+        raise NoArtifact(
             f"{STEP}.max_quality_drop={self.max_quality_drop}: {metric} dropped by {drop:.4g}{with_some}; "
             "allow more, or train with quantization"
-        )
-
-    def _quality_of(
-        self, validation: UserValidation, name: str, target: nn.Module, result: QuantizedModel
-    ) -> dict[str, float]:
-        evaluation = validation.of_replacement(name, result.model)
-        if evaluation.replacement_calls and evaluation.metrics:
-            return evaluation.metrics
-        rank_zero_warn(
-            f"{STEP}: validation does not run the exported module or logs no metric, so the quality of "
-            f"the artifact is reported as the agreement of its outputs with the model's ({OUTPUT_COSINE})"
-        )
-        probe = result.calibration[-1]
-        expected = _evaluated(target, probe)
-        return {OUTPUT_COSINE: onnx_quantization.cosine_similarity(expected, probe.call(result.model))}
-
-    def _metric(self, trainer: Any, before: dict[str, float], after: dict[str, float]) -> str:
-        known = [name for name in before if name in after]
-        if self.monitor is not None:
-            if self.monitor not in known:
-                raise _Refused(
-                    f"{STEP}.monitor={self.monitor!r} was never logged in validation: expected one of {known}"
-                )
-            return self.monitor
-        checkpoint = getattr(trainer, "checkpoint_callback", None)
-        monitored = getattr(checkpoint, "monitor", None)
-        if monitored in known:
-            return str(monitored)
-        return next((name for name in known if direction_of(name) == "maximize"), known[0])
-
-
-def _single_precision_copy(module: nn.Module) -> nn.Module:
-    """Return the module, or a copy in float32 where its weights have another floating type."""
-    if all(t.dtype is torch.float32 for t in module.parameters() if t.is_floating_point()):
-        return module
-    return detached_copy(module).float()
-
-
-def _in_single_precision(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _require_int8(result: QuantizedModel) -> None:
-    """Refuse an artifact with nothing quantized in it; warn where most of it stayed as it was."""
-    whole, small = onnx_quantization.weight_bytes(result.model)
-    if small == 0:
-        raise QuantizationError(
-            "ONNX Runtime quantized nothing: the network has no convolution, linear or LSTM layer that it takes"
-        )
-    if small < 0.5 * whole:
-        rank_zero_warn(f"{STEP}: {whole - small:,} of {whole:,} bytes of weights are of layers that have no int8 form")
-
-
-def _check_installed(*modules: str) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MisconfigurationException(
-            f"{STEP}.backend='openvino': needs {' and '.join(missing)}: pip install \"lightning-optcore[openvino]\""
         )
 
 
@@ -591,35 +409,6 @@ def _check_drop(value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if value is not None and not (number and 0 <= value < float("inf")):
         raise MisconfigurationException(f"{STEP}.max_quality_drop={value!r}: expected a number of at least 0, or null")
-
-
-class _Refused(RuntimeError):
-    """No artifact is good enough, or the configuration does not fit what the model logs."""
-
-
-def _evaluated(module: nn.Module, inputs: Inputs) -> Any:
-    training = module.training
-    module.eval()
-    with torch.no_grad():
-        output = inputs.call(module)
-    module.train(training)
-    return output
-
-
-def _of_one_structure(batches: Sequence[Inputs]) -> list[Inputs]:
-    """Keep the batches whose tensors differ from the first one's in the batch axis only."""
-
-    def form(batch: Inputs) -> list[tuple[int, ...]]:
-        axes = batch.batch_axes()
-        tensors = zip(batch.tensors(), axes, strict=True)
-        return [tuple(0 if i == axis else n for i, n in enumerate(t.shape)) for t, axis in tensors]
-
-    return [batch for batch in batches if form(batch) == form(batches[0])]
-
-
-def _split(merged: Inputs, count: int, size: int = 32) -> list[Inputs]:
-    """Cut the first ``count`` samples into batches of ``size``."""
-    return [merged.samples(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _fewest(most: int, accepted: Callable[[int], bool]) -> int | None:
@@ -639,9 +428,3 @@ def _fewest(most: int, accepted: Callable[[int], bool]) -> int | None:
         middle = (refused + count) // 2
         refused, count = (refused, middle) if accepted(middle) else (middle, count)
     return count
-
-
-def _drop(metric: str, mode: str | None, before: dict[str, float], after: dict[str, float]) -> float:
-    loss = after[metric] - before[metric]
-    lower_is_better = mode == "min" if mode is not None else direction_of(metric) == "minimize"
-    return loss if lower_is_better else -loss

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_optcore.compression.fake_quantization import RANGE
+
 
 @dataclass
 class Structure:
@@ -29,14 +31,14 @@ class Structure:
 
     @classmethod
     def of(cls, module: nn.Module) -> Structure:
-        """Read the whole structure of a module.
+        """Read the whole structure of a module, but for the ranges of fake quantization: their step makes them.
 
         Example:
             >>> Structure.of(nn.Linear(4, 2)).shapes
             {'weight': [2, 4], 'bias': [2]}
         """
         return cls(
-            {name: list(tensor.shape) for name, tensor in named_tensors(module).items()},
+            {name: list(t.shape) for name, t in named_tensors(module).items() if not name.endswith(RANGE)},
             {name: _sizes(child) for name, child in module.named_modules()},
         )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -35,14 +34,23 @@ from lightning_optcore.compression.channel_groups import (
     find_channel_groups,
     plan_cut,
 )
-from lightning_optcore.compression.checkpoints import averaged_models, close_ledger, free_key, ledger_of, open_ledger
-from lightning_optcore.compression.layer_latency import LayerLatency
+from lightning_optcore.compression.checkpoints import (
+    averaged_models,
+    close_ledger,
+    free_key,
+    ledger_of,
+    open_ledger,
+    write_recipe,
+)
+from lightning_optcore.compression.fake_quantization import in_floating_point
+from lightning_optcore.compression.layer_latency import LayerLatency, backend_after, default_cache
 from lightning_optcore.compression.reconstruction import compensate
 from lightning_optcore.compression.schedule import Schedule
 from lightning_optcore.compression.structure import Structure, resize
 from lightning_optcore.compression.training_state import (
     all_finite,
     cut_optimizer,
+    is_plain,
     random_states,
     restore_random_states,
     wrap_again,
@@ -292,6 +300,8 @@ class StructuredPruning(Callback):
             self._prune(trainer, pl_module, progress)
         elif self._progress < 1 and self._schedule.batches_until_next(trainer, self._batch) == 1:
             # The last batch before a cut is what the compensation looks at.
+            if self._recorder is not None:
+                self._recorder.detach()
             self._recorder = ForwardRecorder(pl_module, max_samples=1)
             self._recorder.attach()
 
@@ -344,6 +354,10 @@ class StructuredPruning(Callback):
     def _keep_good(self, pl_module: Any) -> None:
         self._good = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write the recipe into checkpoints that are saved after the fit, too."""
+        write_recipe(pl_module, checkpoint)
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave the module's hooks as they were."""
         self._close(pl_module)
@@ -383,11 +397,16 @@ class StructuredPruning(Callback):
 
     def _plain_inputs(self) -> dict[str, Any] | None:
         """Return the inputs if a checkpoint of plain data can hold them; a resumed run sees a batch soon."""
-        if self._inputs is None or not _is_plain([self._inputs.args, self._inputs.kwargs]):
+        if self._inputs is None or not is_plain([self._inputs.args, self._inputs.kwargs]):
             return None
         return {"args": self._inputs.args, "kwargs": self._inputs.kwargs}
 
     def _prune(self, trainer: Any, pl_module: Any, progress: float) -> None:
+        # What the channels are worth is asked of the weights themselves, whatever rounds them.
+        with in_floating_point(pl_module):
+            self._cut(trainer, pl_module, progress)
+
+    def _cut(self, trainer: Any, pl_module: Any, progress: float) -> None:
         assert self._key is not None and self._target is not None and self._inputs is not None
         name, inputs = self._target, self._inputs
         target, prefix = submodule(pl_module, name), f"{name}." if name else ""
@@ -439,7 +458,7 @@ class StructuredPruning(Callback):
     def _chosen(
         self, trainer: Any, target: nn.Module, prefix: str, inputs: Inputs, found: ChannelGroups, progress: float
     ) -> dict[str, list[int]]:
-        latency = LayerLatency(self._backend(trainer), self.batch_sizes, self.cache or default_cache())
+        latency = LayerLatency(backend_after(trainer, self), self.batch_sizes, self.cache or default_cache())
         device = next(target.parameters()).device
         target.to("cpu")
         try:
@@ -462,24 +481,3 @@ class StructuredPruning(Callback):
         self.left = fractions_left(costs, units_kept(found, removed), self.whole_costs)
         latency.save()
         return removed
-
-    def _backend(self, trainer: Any) -> str:
-        """Return where the model will run: where a later callback deploys it, else torch."""
-        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
-        return next((callback.deploys_to for callback in later if hasattr(callback, "deploys_to")), "torch")
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    if type(value) in (list, tuple):
-        return all(_is_plain(item) for item in value)
-    return value is None or type(value) in (Tensor, bool, int, float, str)
-
-
-def default_cache() -> Path:
-    """Return the store that keeps the timed layers of this machine."""
-    import os
-
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "lightning_optcore" / "latency.db"

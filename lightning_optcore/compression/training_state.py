@@ -40,6 +40,15 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape == parameter.shape
 
 
+def replace_parameter(optimizer: Any, old: Tensor, new: Sequence[Tensor]) -> None:
+    """Let an optimizer update some parameters in the place of another one; its state of them begins anew."""
+    for group in optimizer.param_groups:
+        at = next((i for i, parameter in enumerate(group["params"]) if parameter is old), None)
+        if at is not None:
+            group["params"][at : at + 1] = list(new)
+    optimizer.state.pop(old, None)
+
+
 def wrap_again(strategy: Any) -> None:
     """Let DistributedDataParallel take notice of parameters that changed their shape."""
     if hasattr(strategy, "configure_ddp") and strategy.model is not strategy.lightning_module:
@@ -90,3 +99,12 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether no tensor holds NaN or infinity."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether a checkpoint that is read with ``weights_only=True`` can hold a value."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return all(is_plain(item) for item in value)
+    return value is None or type(value) in (Tensor, bool, int, float, str)

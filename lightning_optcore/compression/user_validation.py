@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_optcore.measurement.directions import direction_of
 from lightning_optcore.measurement.forward_calls import ForwardRecorder
 from lightning_optcore.measurement.inputs import Inputs, map_tensors
 from lightning_optcore.measurement.quality import Evaluation, validate
@@ -70,3 +71,27 @@ class UserValidation:
             precision=self._precision,
             **replacement,
         )
+
+
+def guarded_metric(
+    trainer: Any, monitor: str | None, before: Mapping[str, float], after: Mapping[str, float]
+) -> str | None:
+    """Return the metric whose loss counts; ``None`` if it was not logged.
+
+    It is ``monitor``; without one what the checkpoint callback monitors, else the first logged metric to be maximized,
+    else the first.
+    """
+    known = [name for name in before if name in after]
+    if monitor is not None:
+        return monitor if monitor in known else None
+    monitored = getattr(getattr(trainer, "checkpoint_callback", None), "monitor", None)
+    if monitored in known:
+        return str(monitored)
+    return next((name for name in known if direction_of(name) == "maximize"), known[0] if known else None)
+
+
+def quality_drop(metric: str, mode: str | None, before: Mapping[str, float], after: Mapping[str, float]) -> float:
+    """Return by how much a metric got worse, in its own unit; ``mode`` (min, max) is guessed where it is ``None``."""
+    loss = after[metric] - before[metric]
+    lower_is_better = mode == "min" if mode is not None else direction_of(metric) == "minimize"
+    return loss if lower_is_better else -loss

@@ -10,6 +10,7 @@ from lightning_optcore.compression.artifact import ArtifactError
 from lightning_optcore.compression.export import ExportError
 from lightning_optcore.data import DataError
 from lightning_optcore.nas._nni_compat import NNIError
+from lightning_optcore.nas.supernet import SupernetError
 from lightning_optcore.recipe import RecipeError
 from lightning_optcore.search.searcher import SearchError
 from lightning_optcore.search.space import SpaceError
@@ -34,6 +35,7 @@ _MENDABLE = (
     SearchError,
     SpaceError,
     StoreError,
+    SupernetError,
     SweepError,
 )
 

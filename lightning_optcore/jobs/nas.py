@@ -7,16 +7,19 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lightning_optcore.files import write_atomically
+from lightning_optcore.files import replacing, write_atomically
 from lightning_optcore.jobs.building import instantiate_all, trainer_of
 from lightning_optcore.jobs.checks import check, instance_of
 from lightning_optcore.jobs.errors import ConfigurationError
@@ -24,12 +27,14 @@ from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.objective import parse_objective
 from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.sweep_reporting import write_own_report
-from lightning_optcore.nas.evaluator import COSTS, LightningEvaluator, trial_directory
+from lightning_optcore.nas.evaluator import LightningEvaluator, trial_directory
+from lightning_optcore.nas.inherited_evaluation import InheritedEvaluation
 from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.nas.loop import search
+from lightning_optcore.nas.one_shot import one_shot_of
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.retraining import configured_space, save_architecture
-from lightning_optcore.nas.space import Architecture
+from lightning_optcore.nas.supernet_file import SUPERNET_FILE, load_supernet
 from lightning_optcore.search.grammar import override_text
 from lightning_optcore.search.searcher import Candidate
 
@@ -53,13 +58,23 @@ def run(config: DictConfig) -> None:
     if config.store.path is None:
         raise ConfigurationError("store.path=null: a search needs a store, e.g. store.path=outputs/optcore.db")
     output_dir = Path(hydra.runtime.output_dir)
-    space = configured_space(config.nas.space)
-    evaluator = ConfiguredEvaluator(_plain(config), str(output_dir))
+    try:
+        evaluator = ConfiguredEvaluator(_plain(config), str(output_dir))
+    except MisconfigurationException as error:
+        raise ConfigurationError(f"nas.{error}" if str(error).startswith("inherit=") else str(error)) from error
+    strategy = instantiate(config.nas.strategy, _partial_=True, _convert_="all")
+    one_shot = one_shot_of(strategy)
+    inherits = one_shot is not None and one_shot.samples
     carried = retraining_overrides(list(hydra.overrides.task), dict(hydra.runtime.choices))
+
+    def overrides(directory: Path, path: Path) -> list[str]:
+        """Return what trains an architecture of the search alone, from its share of the supernet if there is one."""
+        weights = [override_text("model.weights", str(directory / SUPERNET_FILE))] if inherits else []
+        return ["model=architecture", override_text("model.path", str(path)), *weights, *carried]
 
     def describe(directory: Path, candidate: Candidate) -> list[str]:
         path = save_architecture(directory / "architectures" / f"{candidate.id}.json", candidate.params)
-        return _overrides(path, carried)
+        return overrides(directory, path)
 
     def begun(sweep_id: int, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -74,10 +89,10 @@ def run(config: DictConfig) -> None:
         log.info("search %d in %s", sweep_id, directory)
 
     found = search(
-        space,
+        evaluator.space,
         evaluator,
         objectives=objective,
-        strategy=instantiate(config.nas.strategy, _partial_=True, _convert_="all"),
+        strategy=one_shot or strategy,
         max_trials=config.nas.max_trials,
         max_seconds=config.nas.max_seconds,
         constraints=_plain(config.nas.constraints),
@@ -91,14 +106,15 @@ def run(config: DictConfig) -> None:
         describe=describe,
         on_begin=begun,
         show=True,
-        known_costs=_known_costs(evaluator, list(objective)),
     )
-    commands = _write_front(found, space.to_dict(), carried)
+    commands = _write_front(found, evaluator.space.to_dict(), partial(overrides, Path(found.directory)))
+    if one_shot is not None and inherits:
+        _write_weights(found, InheritedEvaluation(evaluator, one_shot.calibration_batches))
     report = _report(_target(config.store.path), found.sweep_id) if config.report.enabled else None
     _summarise(found, commands, report)
 
 
-class ConfiguredEvaluator:
+class ConfiguredEvaluator(LightningEvaluator):
     """Evaluates as the configuration says; each process makes what it needs of it.
 
     Args:
@@ -107,52 +123,41 @@ class ConfiguredEvaluator:
     """
 
     def __init__(self, config: dict[str, Any], output_dir: str) -> None:
+        quieten_lightning()
+        # Each trial would say that it has no GPU.
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
         self._config = config
         self._output_dir = output_dir
-        self._evaluator: LightningEvaluator | None = None
+        super().__init__(
+            configured_space(config["nas"]["space"]),
+            instantiate(config["nas"]["module"], _partial_=True),
+            self._made_data,
+            trainer=self._made_trainer,
+            callbacks=lambda: instantiate_all(self._placed().callbacks),
+            seed=config["seed"] or 0,
+            test=config["test"],
+            measure=config["measure"],
+            latency=_latency_table(config),
+            inherit=config["nas"]["inherit"],
+        )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_evaluator": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._config, self._output_dir)
 
-    def __call__(self, architecture: Architecture) -> dict[str, float]:
-        """Train and measure."""
-        return self._made()(architecture)
-
-    def estimate(self, architecture: Architecture) -> dict[str, float]:
-        """Return what is known before a training."""
-        return self._made().estimate(architecture)
-
-    def _made(self) -> LightningEvaluator:
-        if self._evaluator is None:
-            quieten_lightning()
-            # Each trial would say that it has no GPU.
-            logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-            config = self._config
-            self._evaluator = LightningEvaluator(
-                configured_space(config["nas"]["space"]),
-                instantiate(config["nas"]["module"], _partial_=True),
-                self._data,
-                trainer=self._trainer,
-                callbacks=lambda: instantiate_all(self._placed().callbacks),
-                seed=config["seed"] or 0,
-                test=config["test"],
-                measure=config["measure"],
-                latency=_latency_table(config),
-            )
-        return self._evaluator
-
-    def _data(self) -> LightningDataModule:
+    def _made_data(self) -> LightningDataModule:
         return instance_of(LightningDataModule, "data", instantiate(self._config["data"]))
 
-    def _trainer(self, callbacks: Sequence[Callback], **_: Any) -> Trainer:
-        config = self._placed()
-        # The table of trials stands where the bar would be.
-        shown = config.trainer.get("enable_progress_bar") is not None
+    def _made_trainer(self, callbacks: Sequence[Callback], default_root_dir: str | None = None) -> Trainer:
+        config = self._placed(default_root_dir)
+        # The table of trials stands where the bar would be; while a supernet is trained, there is none yet.
+        supernet = default_root_dir is not None and trial_directory() is None
+        shown = supernet or config.trainer.get("enable_progress_bar") is not None
         return trainer_of(config, list(callbacks), **({} if shown else {"enable_progress_bar": False}))
 
-    def _placed(self) -> DictConfig:
-        """Return the configuration with the trial's folder in the place of the run's."""
-        return OmegaConf.create(_moved(self._config, self._output_dir, str(trial_directory() or self._output_dir)))
+    def _placed(self, folder: str | None = None) -> DictConfig:
+        """Return the configuration with another folder, by default the trial's, in the place of the run's."""
+        place = folder or trial_directory() or self._output_dir
+        return OmegaConf.create(_moved(self._config, self._output_dir, str(place)))
 
 
 def retraining_overrides(overrides: Sequence[str], choices: Mapping[str, Any]) -> list[str]:
@@ -180,21 +185,24 @@ def retraining_overrides(overrides: Sequence[str], choices: Mapping[str, Any]) -
 
 
 def _latency_table(config: Mapping[str, Any]) -> LatencyTable | None:
-    """Return what predicts latencies, where there is a limit on them."""
-    if "latency_ms" not in (config["nas"]["constraints"] or {}):
+    """Return what predicts latencies, where there is a limit on them, or a strategy learns by them."""
+    asked = [*(config["nas"]["constraints"] or {}), config["nas"]["strategy"].get("cost")]
+    if "latency_ms" not in asked:
         return None
     return LatencyTable(config["store"]["path"], num_threads=config["measure"]["num_threads"])
 
 
-def _write_front(found: SearchResult, space: Mapping[str, Any], carried: Sequence[str]) -> dict[int, str]:
+def _write_front(
+    found: SearchResult, space: Mapping[str, Any], overrides: Callable[[Path], list[str]]
+) -> dict[int, str]:
     """Write the front as files, and return the command of each."""
     folder = Path(found.directory) / "front"
-    for old in folder.glob("trial-*.json"):
+    for old in folder.glob("trial-*"):
         old.unlink()
     commands = {}
     for trial in found.front:
         path = folder / f"trial-{trial.number}.json"
-        commands[trial.number] = f"{_PROGRAM} {shlex.join(_overrides(path, carried))}"
+        commands[trial.number] = f"{_PROGRAM} {shlex.join(overrides(path))}"
         save_architecture(
             path,
             trial.architecture,
@@ -207,8 +215,13 @@ def _write_front(found: SearchResult, space: Mapping[str, Any], carried: Sequenc
     return commands
 
 
-def _overrides(path: Path, carried: Sequence[str]) -> list[str]:
-    return ["model=architecture", override_text("model.path", str(path)), *carried]
+def _write_weights(found: SearchResult, evaluation: InheritedEvaluation) -> None:
+    """Write the weights with which each point of the front was judged, beside its file."""
+    evaluation.path = Path(found.directory) / SUPERNET_FILE
+    for trial in found.front:
+        module = evaluation.module(trial.architecture)
+        with replacing(Path(found.directory) / "front" / f"trial-{trial.number}.ckpt") as file:
+            torch.save({"state_dict": module.state_dict()}, file)
 
 
 def _report(store: str, sweep_id: int) -> Path | None:
@@ -219,22 +232,6 @@ def _report(store: str, sweep_id: int) -> Path | None:
         again = shlex.join(["optcore", "report", f"sweep={sweep_id}", override_text("store.path", store)])
         log.warning("no report of the search: %s: %s; make it by: %s", type(error).__name__, error, again)
         return None
-
-
-def _known_costs(evaluator: ConfiguredEvaluator, names: list[str]) -> Callable[[Architecture], dict[int, float] | None]:
-    """Return what tells a strategy the objectives that are known before a training, by their number."""
-
-    def known(architecture: Architecture) -> dict[int, float] | None:
-        try:
-            costs = evaluator.estimate(architecture)
-        except Exception as error:
-            log.debug("no estimate of %s: %s", architecture, error)
-            # What cannot be built is the last that is worth a training; a great number would set the scale of the rest.
-            return None
-        # A latency is only predicted.
-        return {i: costs[name] for i, name in enumerate(names) if name in COSTS and name in costs}
-
-    return known
 
 
 def _command(overrides: list[str], config_name: str) -> str:
@@ -250,9 +247,16 @@ def _summarise(found: SearchResult, commands: Mapping[int, str], report: Path | 
         console.print(f"  {commands[trial.number]}", soft_wrap=True, highlight=False, markup=False)
     if len(found.front) > _SHOWN:
         console.print(f"and {len(found.front) - _SHOWN} more in {found.directory}/front", soft_wrap=True, markup=False)
-    for name, place in {"front": Path(found.directory) / "front", "report": report}.items():
+    places = {"front": Path(found.directory) / "front", "report": report, "supernet": _supernet(found)}
+    for name, place in places.items():
         if place is not None:
             console.print(f"{name:>9}  {place}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _supernet(found: SearchResult) -> str | None:
+    """Return where the supernet is and how long its training took, if there was one."""
+    path = Path(found.directory) / SUPERNET_FILE
+    return f"{path} (trained in {load_supernet(path).seconds:.1f} s)" if path.exists() else None
 
 
 def _line(trial: ArchitectureTrial) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_optcore.report.architectures import PICTURE_FILE, Picture, picture_of
 from lightning_optcore.report.html import SweepLine
 from lightning_optcore.report.sweep_figures import number, short
 from lightning_optcore.report.sweep_html import write_sweep_report
@@ -66,7 +68,7 @@ def sweep_page(journal: Journal, sweep_id: int) -> SweepPage:
     sweep = journal.sweep(sweep_id)
     records = journal.trials(sweep_id)
     config = _configuration(sweep)
-    names = objective_names(config, len(sweep.directions))
+    names = _objective_names(sweep, config)
     program = str(OmegaConf.select(config, "hydra.help.app_name", default=""))
     program = program if program.startswith("optcore ") else ""
     best = _front(sweep, records)
@@ -80,6 +82,7 @@ def sweep_page(journal: Journal, sweep_id: int) -> SweepPage:
     reference = reference_of(costs) if several else np.empty(0)
     shares = hypervolume_history(costs, reference) if several else np.empty(0)
     signs = _signs(sweep)
+    front = sorted((one for one in trials if one.best), key=lambda one: signs[0] * (one.objectives or [0.0])[0])
     lowest = np.minimum.accumulate(costs[:, 0]) * signs[0] if len(names) == 1 else np.empty(0)
     return SweepPage(
         id=sweep.id,
@@ -94,18 +97,19 @@ def sweep_page(journal: Journal, sweep_id: int) -> SweepPage:
         objectives=list(zip(names, sweep.directions, strict=True)),
         axes=[_axis(name, kind) for name, kind in parameters.items()],
         trials=trials,
-        front=sorted((one for one in trials if one.best), key=lambda one: signs[0] * (one.objectives or [0.0])[0]),
+        front=front,
         best_so_far=[(one.number, float(value)) for one, value in zip(done, lowest, strict=False)],
         history=[(one.number, float(share)) for one, share in zip(done, shares, strict=False)],
         reference=(signs * reference).tolist() if several else [],
         importance=_importance(parameters, done, names),
+        pictures=_pictures(front, records),
     )
 
 
 def sweep_line(journal: Journal, sweep: SweepRecord, page: Path | None) -> SweepLine:
     """Return a sweep's line in the overview."""
     records = journal.trials(sweep.id)
-    names = objective_names(_configuration(sweep), len(sweep.directions))
+    names = _objective_names(sweep, _configuration(sweep))
     best = _front(sweep, records)
     found = ""
     if len(names) == 1 and best:
@@ -139,6 +143,11 @@ def _configuration(sweep: SweepRecord) -> DictConfig:
     return config if isinstance(config, DictConfig) else OmegaConf.create()
 
 
+def _objective_names(sweep: SweepRecord, config: DictConfig) -> list[str]:
+    """Return the objectives' names; an architecture search has them beside its space."""
+    return list(sweep.space.get("objectives") or objective_names(config, len(sweep.directions)))
+
+
 def _signs(sweep: SweepRecord) -> np.ndarray:
     return np.array([1.0 if direction == "minimize" else -1.0 for direction in sweep.directions])
 
@@ -150,14 +159,13 @@ def _costs(sweep: SweepRecord, done: Sequence[TrialRecord]) -> np.ndarray:
 
 
 def _front(sweep: SweepRecord, records: Sequence[TrialRecord]) -> set[int]:
-    # What is done and has a failure exceeds a limit.
-    done = [record for record in records if record.objectives and not record.failure]
+    done = [record for record in records if record.feasible]
     mask = non_dominated(_costs(sweep, done))
     return {record.number for record, best in zip(done, mask, strict=True) if best}
 
 
 def _trial(record: TrialRecord, best: bool, program: str) -> Trial:
-    note = "".join((record.failure or "").splitlines()[:1])
+    note = record.reason if record.failure else ""
     if record.status == "pruned":
         note = note.removeprefix("pruned ")
     if record.cached_from:
@@ -179,6 +187,27 @@ def _trial(record: TrialRecord, best: bool, program: str) -> Trial:
         seconds=seconds,
         command=" ".join([*program.split(), shlex.join(record.overrides)]),
     )
+
+
+def _pictures(front: Sequence[Trial], records: Sequence[TrialRecord]) -> list[tuple[Trial, Picture]]:
+    """Return the pictures that trials of the front left in their folders."""
+    by_number = {record.number: record for record in records}
+    found = []
+    for trial in front:
+        record = by_number[trial.number]
+        # What builds the same network as an earlier trial was not trained again, and has no folder.
+        source = re.fullmatch(rf"trial (\d+) of sweep {record.sweep_id}", record.cached_from or "")
+        drawn = by_number.get(int(source[1]), record) if source is not None else record
+        if drawn.directory is None:
+            continue
+        path = Path(drawn.directory) / PICTURE_FILE
+        try:
+            found.append((trial, picture_of(json.loads(path.read_text(encoding="utf-8")))))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            log.warning("%s: not shown: %s", path, error)
+    return found
 
 
 def _parameters(sweep: SweepRecord, records: Sequence[TrialRecord]) -> dict[str, Parameter]:

@@ -7,6 +7,7 @@ A step may call ``self(x)``, ``self.forward(x)`` or ``self.net(x)``. All of them
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import nn
 
 from lightning_optcore.measurement.inputs import Inputs
 
-# Marks a forward of ours; its value is the instance's own forward that it stands in for.
+# Marks a forward of ours; its value is the instance's own forward that it stands in for, ``None`` for the class's.
 _PREVIOUS = "_optcore_previous_forward"
 
 
@@ -37,6 +38,9 @@ def detached_copy(module: nn.Module) -> nn.Module:
     trainer = module.__dict__.get("_trainer")
     copied = copy.deepcopy(module, {id(trainer): trainer} if trainer is not None else {})
     unwrap_forwards(copied)
+    if "_metric_attributes" in copied.__dict__:
+        # Lightning finds a logged metric's name by its identity, which is another in the copy.
+        copied.__dict__["_metric_attributes"] = None
     return copied
 
 
@@ -72,7 +76,7 @@ class ForwardRecorder:
     max_samples: int = 1
     inputs: dict[str, list[Inputs]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
-    _wrapped: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    _wrapped: list[tuple[nn.Module, Callable[..., Any]]] = field(default_factory=list)
     _depth: int = 0
 
     def attach(self) -> None:
@@ -82,12 +86,9 @@ class ForwardRecorder:
                 self._wrap(name, module)
 
     def detach(self) -> None:
-        """Stop to record and leave the modules as they were."""
-        for module, previous in self._wrapped:
-            if previous is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = previous
+        """Stop to record and leave the modules as they were; recorders may end in any order."""
+        for module, forward in self._wrapped:
+            _unlink(module, forward)
         self._wrapped.clear()
         self._depth = 0
 
@@ -110,20 +111,25 @@ class ForwardRecorder:
         return max(recorded, key=lambda name: _num_parameters(modules[name]), default=None)
 
     def _wrap(self, name: str, module: nn.Module) -> None:
-        original = module.forward
-        self._wrapped.append((module, module.__dict__.get("forward")))
+        kind, original, first = type(module), module.forward, "forward" not in module.__dict__
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._depth == 0:
                 self._record(name, Inputs(args, kwargs))
             self._depth += 1
             try:
-                return original(*args, **kwargs)
+                previous = getattr(forward, _PREVIOUS)
+                if previous is not None:
+                    return previous(*args, **kwargs)
+                # A technique may have given the module another class since.
+                own = original if first and type(module) is kind else functools.partial(type(module).forward, module)
+                return own(*args, **kwargs)
             finally:
                 self._depth -= 1
 
         setattr(forward, _PREVIOUS, module.__dict__.get("forward"))
         module.forward = forward
+        self._wrapped.append((module, forward))
 
     def _record(self, name: str, inputs: Inputs) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -132,6 +138,22 @@ class ForwardRecorder:
             return
         if sum(batch.batch_size for batch in kept) < self.max_samples:
             kept.append(inputs.detached_cpu())
+
+
+def _unlink(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Take a forward of ours out of the chain of those of a module."""
+    above, current = None, module.__dict__.get("forward")
+    while current is not None and current is not forward:
+        above, current = current, getattr(current, _PREVIOUS, None)
+    if current is None:
+        return
+    previous = getattr(forward, _PREVIOUS)
+    if above is not None:
+        setattr(above, _PREVIOUS, previous)
+    elif previous is not None:
+        module.forward = previous
+    else:
+        del module.__dict__["forward"]
 
 
 def _num_parameters(module: nn.Module) -> int:

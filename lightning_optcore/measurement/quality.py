@@ -57,7 +57,7 @@ def validate(
         from lightning.pytorch import Trainer
 
         trainer_class = Trainer
-    with _quiet_lightning(), _preserved(module):
+    with quiet_lightning(), _preserved(module):
         trainer = trainer_class(
             accelerator="cpu",
             devices=1,
@@ -129,7 +129,7 @@ def _metric_state(metric: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Keep what Lightning told the user about the fit already (devices, workers, tips) from coming twice."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
     levels = [logger.level for logger in loggers]

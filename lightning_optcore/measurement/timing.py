@@ -42,6 +42,24 @@ def time_in_turns(calls: Mapping[str, Callable[[], object]], *, rounds: int = 30
     Returns:
         Latency in ms by name.
     """
+    medians, samples = _timed_in_turns(calls, rounds)
+    return {name: _latency(samples[name], medians[name]) for name in calls}
+
+
+def rounds_in_turns(calls: Mapping[str, Callable[[], object]], *, rounds: int = 30) -> dict[str, list[float]]:
+    """Time several functions as :func:`time_in_turns` does.
+
+    Returns:
+        The median of each round's burst, in ms, by name: ratios within a round do not know the machine's slow moments.
+    """
+    medians, _ = _timed_in_turns(calls, rounds)
+    return {name: [1e3 * seconds for seconds in values] for name, values in medians.items()}
+
+
+def _timed_in_turns(
+    calls: Mapping[str, Callable[[], object]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the rounds' medians and all samples, in seconds, by name."""
     bursts = {name: _warm_up(call) for name, call in calls.items()}
     medians: dict[str, list[float]] = {name: [] for name in calls}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -59,7 +77,7 @@ def time_in_turns(calls: Mapping[str, Callable[[], object]], *, rounds: int = 30
                 seconds.append(time.perf_counter() - start)
             medians[name].append(float(np.median(seconds)))
             samples[name].extend(seconds)
-    return {name: _latency(samples[name], medians[name]) for name in calls}
+    return medians, samples
 
 
 def fastest_burst(call: Callable[[], object], *, bursts: int = 7) -> float:

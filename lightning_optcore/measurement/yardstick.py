@@ -165,9 +165,7 @@ def measure_alternatives(
         evaluating.enter_context(torch.inference_mode())
         for size in batch_sizes:
             batch = inputs.resized(size)
-            calls = {
-                name: _timed_call(runner, batch.to(places[name]), places[name]) for name, runner in runners.items()
-            }
+            calls = {name: timed_call(runner, batch.to(places[name]), places[name]) for name, runner in runners.items()}
             latencies[size] = time_in_turns(calls, rounds=rounds)
     for name, model in models.items():
         if dataloaders is not None and name not in known and hasattr(model, "validation_step"):
@@ -288,7 +286,8 @@ def _runner(model: nn.Module | Deployed, num_threads: int) -> Callable[..., Any]
     return model if isinstance(model, nn.Module) else model.runner(num_threads)
 
 
-def _timed_call(runner: Callable[..., Any], batch: Inputs, device: torch.device) -> Callable[[], object]:
+def timed_call(runner: Callable[..., Any], batch: Inputs, device: torch.device) -> Callable[[], object]:
+    """Return a call of a model that returns only when the device is done."""
     if device.type != "cuda":
         return lambda: batch.call(runner)
 

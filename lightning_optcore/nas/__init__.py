@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_optcore.nas.latency_table import LatencyTable
     from lightning_optcore.nas.loop import search
     from lightning_optcore.nas.once_for_all import inherited_evaluator
+    from lightning_optcore.nas.one_shot import OneShot
     from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
     from lightning_optcore.nas.retraining import load_architecture, retrain, save_architecture
     from lightning_optcore.nas.space import ArchitectureError, ArchitectureSpace, architecture_space, factory_space
@@ -31,6 +32,7 @@ _HOME_OF = {
     "Constraints": "constraints",
     "LatencyTable": "latency_table",
     "LightningEvaluator": "evaluator",
+    "OneShot": "one_shot",
     "RegularizedEvolution": "strategies",
     "SearchResult": "result",
     "architecture_space": "space",
@@ -53,6 +55,7 @@ __all__ = [
     "Constraints",
     "LatencyTable",
     "LightningEvaluator",
+    "OneShot",
     "RegularizedEvolution",
     "SearchResult",
     "architecture_space",

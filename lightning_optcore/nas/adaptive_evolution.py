@@ -17,6 +17,7 @@ searcher early.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from lightning_optcore.search.surrogate import Surrogate, most_promising, promis
 KnownCosts = Callable[[Params], Mapping[int, float] | None]
 Proxies = Callable[[Params], Sequence[float]]
 Effort = Callable[[Params], float]
+KnownProxies = Mapping[str, Callable[[Params], float]]
 
 # Of so many random points for each one that is needed, the first trials are those that differ most.
 _SPREAD = 20
@@ -55,6 +57,8 @@ class AdaptiveEvolution(Evolutionary):
             their own direction: ``{1: flops}``. It must return the same numbers whenever it is asked; ``None``, where
             a network cannot be built, stands for the worst.
         proxies: Returns, of a point, figures that hint at its quality, always as many: features of the model, by rank.
+            Or names of ``known_proxies``.
+        known_proxies: Functions of a point by name; ``search`` has those of its evaluation.
         effort: Returns, of a point, what its training costs, in any unit above 0: the gain is divided by it.
         worst: Of every objective the value that is worth nothing, e.g. what the network costs that is to be replaced;
             ``None`` where that follows from the trials. What is known to cost more is not tried.
@@ -66,8 +70,8 @@ class AdaptiveEvolution(Evolutionary):
         options: What else :class:`~lightning_optcore.search.Evolutionary` takes.
 
     Raises:
-        SearchError: If an argument is out of range, or ``known_costs`` returns other objectives than there are, or
-            what is no number.
+        SearchError: If an argument is out of range, a proxy is not known, or ``known_costs`` returns other objectives
+            than there are, or what is no number.
 
     Example:
         >>> space = Space({"width": "choice(8,16,32,64)", "kernel": "choice(3,5,7)", "act": "relu,gelu,tanh"})
@@ -90,7 +94,8 @@ class AdaptiveEvolution(Evolutionary):
         seed: int = 0,
         initial: Sequence[Mapping[str, Any]] = (),
         known_costs: KnownCosts | None = None,
-        proxies: Proxies | None = None,
+        proxies: Proxies | Sequence[str] | None = None,
+        known_proxies: KnownProxies | None = None,
         effort: Effort | None = None,
         worst: Sequence[float | None] | None = None,
         counted: int | None = None,
@@ -111,7 +116,7 @@ class AdaptiveEvolution(Evolutionary):
         if worst is not None and len(worst) != len(directions):
             raise SearchError(f"worst={list(worst)}: expected a value or None for each of {len(directions)} objectives")
         self.known_costs = known_costs
-        self.proxies = proxies
+        self.proxies = _computed(proxies, known_proxies or {})
         self.effort = effort
         self.counted = counted
         self.worst = (
@@ -301,6 +306,26 @@ class AdaptiveEvolution(Evolutionary):
             if len(self._proxies_by_key[key]) != len(first):
                 raise SearchError(f"proxies returned {self._proxies_by_key[key]} of {params}: expected {len(first)}")
         return self._proxies_by_key[key]
+
+
+def _computed(proxies: Proxies | Sequence[str] | None, known: KnownProxies) -> Proxies | None:
+    """Return what computes the proxies that were given, or named."""
+    if proxies is None or callable(proxies):
+        return proxies
+    names = list(proxies) if isinstance(proxies, Sequence) and not isinstance(proxies, str) else [proxies]
+    if names and not known:
+        raise SearchError(
+            f"proxies={names}: nothing computes them; give a function of an architecture, or search with an evaluation "
+            "that has proxies, such as LightningEvaluator"
+        )
+    for name in names:
+        if name not in known:
+            raise SearchError(f"proxies={names}: {name!r}: expected names among {', '.join(known)}")
+    return partial(_figures, [known[name] for name in names]) if names else None
+
+
+def _figures(functions: Sequence[Callable[[Params], float]], params: Params) -> list[float]:
+    return [function(params) for function in functions]
 
 
 def _counted(space: Space) -> list[tuple[list[int], int]]:

@@ -6,13 +6,10 @@ early, and the report of sweeps shows them.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
-import math
 import os
 import re
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,29 +22,26 @@ from typing import Any
 from rich.console import Console
 
 from lightning_optcore.measurement.directions import Direction, direction_of
+from lightning_optcore.nas.limits import Constraints, Limits, described_excess, violation_of
+from lightning_optcore.nas.offers import offered_by
+from lightning_optcore.nas.one_shot import OneShot, Prepare, one_shot_of, planned
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.nas.strategies import Strategy, searcher_of
-from lightning_optcore.search.searcher import Candidate, SearchError, trial_dict
-from lightning_optcore.search.searcher import Trial as SearcherTrial
+from lightning_optcore.nas.trial import UNREPORTED, Evaluate, run_trial
+from lightning_optcore.search.searcher import Candidate, SearchError
 from lightning_optcore.store import Store
+from lightning_optcore.sweeps.continuation import continuation_of, relaunched, told_of
 from lightning_optcore.sweeps.display import LiveTable
-from lightning_optcore.sweeps.journal import Journal, SweepError, SweepRecord, TrialRecord, held_journal, open_journal
-from lightning_optcore.sweeps.task import TrialPrunedError, described, named_trial
+from lightning_optcore.sweeps.journal import Journal, SweepError, SweepRecord, TrialRecord, held_journal
 
 log = logging.getLogger(__name__)
-
-Evaluate = Callable[[Architecture], Mapping[str, float]]
-# What an architecture exceeds: by name, its value and the limit.
-Excess = Mapping[str, tuple[float, float]]
-Constraints = Mapping[str, float] | Callable[[Architecture], Excess]
 
 # A search whose first trials all fail, or as many all fail alike, has something wrong that more will not mend.
 _HOPELESS = 10
 _HOPELESS_ALIKE = 5
 # So many architectures in a row over a limit end a search.
 _REJECTED = 300
-_UNREPORTED = "was never reported: expected one of"
 
 
 def search(
@@ -55,7 +49,7 @@ def search(
     evaluate: Evaluate,
     *,
     objectives: Mapping[str, Direction] | Sequence[str] | str,
-    strategy: Strategy,
+    strategy: Strategy | OneShot,
     max_trials: int,
     max_seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -81,9 +75,12 @@ def search(
         space: A ``ModelSpace`` of NNI, an :class:`~lightning_optcore.nas.ArchitectureSpace`, a
             :class:`~lightning_optcore.search.Space`, or a mapping of labels to their values.
         evaluate: Returns numbers by name for an architecture; see :class:`~lightning_optcore.nas.LightningEvaluator`.
-            What its method ``estimate(architecture)`` returns, if it has one, is known before it is paid for.
+            What its method ``estimate(architecture)`` returns, if it has one, is known before it is paid for;
+            :func:`~lightning_optcore.nas.offers.offered_by` says what of it strategies are told.
         objectives: What is searched for: ``{"acc": "maximize"}``, or names, whose directions are the yardstick's own.
-        strategy: A name of :data:`lightning_optcore.nas.strategies.STRATEGIES`, or a searcher's class.
+        strategy: A name of :data:`lightning_optcore.nas.strategies.STRATEGIES`, or a searcher's class. Or a name of
+            :data:`lightning_optcore.nas.strategies.ONE_SHOT`, or a :class:`~lightning_optcore.nas.OneShot`: it trains
+            a supernet first, whose weights are ``supernet.ckpt`` in the search's folder.
         max_trials: How many architectures are evaluated. Those that are not (see ``constraints``) are not counted.
         max_seconds: No architecture is begun that many seconds after the call; whichever runs by then ends. What
             strategy and estimates take counts. A search that is continued has them anew.
@@ -103,12 +100,13 @@ def search(
         describe: Returns the overrides by which a candidate is made again, from the folder and the candidate.
         on_begin: Called with the search's number and folder before the first trial.
         show: Whether a table of the trials is printed as they come; by default on a terminal.
-        offered: What is handed to a strategy that has an argument of that name.
+        offered: What is handed to a strategy that has an argument of that name, beside what ``evaluate`` offers.
 
     Raises:
         ArchitectureError: If the space contradicts itself.
         SearchError: If an argument is out of range, nobody reports an objective, every trial failed, or no
             architecture was found that meets the constraints.
+        SupernetError: If there is no supernet of the space as a one-shot strategy needs it.
         SweepError: If the search cannot be continued, e.g. as its space has changed.
 
     Example:
@@ -126,11 +124,13 @@ def search(
     deadline = None if max_seconds is None else clock() + max_seconds
     directions = _directions(objectives)
     where = architecture_space(space)
+    if command is None:
+        command = _identity(evaluate, one_shot_of(strategy) or strategy, directions, seed)
+    strategy, evaluate, prepare = planned(strategy, evaluate)
+    offered = {**offered_by(evaluate, list(directions)), **offered}
     searcher = searcher_of(strategy, where.choices, list(directions.values()), seed=seed, initial=initial, **offered)
     with ExitStack() as stack:
         target = _store_of(store, stack)
-        if command is None:
-            command = _identity(evaluate, strategy, directions, seed)
         journal = stack.enter_context(held_journal(target))
         run = _Search(
             searcher, where.key, evaluate, directions, constraints, max_trials, n_jobs, journal, target, describe
@@ -140,7 +140,7 @@ def search(
         run.begin(command, resume, directory)
         if on_begin is not None:
             on_begin(run.sweep_id, run.directory)
-        return run.run(Console().is_terminal if show is None else show)
+        return run.run(Console().is_terminal if show is None else show, prepare)
 
 
 class _Search:
@@ -163,7 +163,7 @@ class _Search:
         self._key = key
         self._evaluate = evaluate
         self._directions = directions
-        self._constraints = constraints
+        self._limits = Limits(constraints, getattr(evaluate, "estimate", None))
         self._max_trials = max_trials
         self._n_jobs = n_jobs
         self._target = target
@@ -177,7 +177,6 @@ class _Search:
         self._evaluated = 0
         self._succeeded = 0
         self._rejected_in_a_row = 0
-        self._smallest: dict[str, tuple[float, float, Architecture]] = {}
         self._workers: Any = None
         self.late: Callable[[], bool] = lambda: False
 
@@ -193,11 +192,13 @@ class _Search:
         self.sweep_id = record.id
         self.directory = Path(record.directory)
 
-    def run(self, show: bool) -> SearchResult:
-        """Search to the end."""
+    def run(self, show: bool, prepare: Prepare | None = None) -> SearchResult:
+        """Search to the end, after what the strategy does before the first trial."""
         read = partial(self._journal.trials, self.sweep_id)
         table = LiveTable(read, list(self._directions.values()), list(self._directions), None)
         try:
+            if prepare is not None:
+                prepare(self.directory, self._searcher)
             with table if show else nullcontext():
                 self._loop(self._restored())
             self._check_some_succeeded()
@@ -248,9 +249,10 @@ class _Search:
             key = self._key(record.candidate.params)
             if key in self._known or key in paid:
                 continue
-            excess = self._excess_before(record.candidate.params)
+            excess = self._limits.excess(record.candidate.params)
             if excess:
-                self._journal.end_trial(record, None, failure=_over(excess), status="pruned")
+                failure, violation = described_excess(excess), violation_of(excess)
+                self._journal.end_trial(record, None, failure, status="pruned", violation=violation)
                 continue
             paid[key] = record
         self._launch(list(paid.values()))
@@ -263,7 +265,9 @@ class _Search:
                 self._journal.end_trial(record, None, failure="the process ended without a result")
                 continue
             source = f"trial {known.number} of sweep {self.sweep_id}"
-            self._journal.end_trial(record, known.objectives, known.failure, source, known.status)
+            self._journal.end_trial(
+                record, known.objectives, known.failure, source, known.status, violation=known.violation
+            )
 
     def _launch(self, records: Sequence[TrialRecord]) -> None:
         if not records:
@@ -299,47 +303,20 @@ class _Search:
         return [record for record in lost if record.number not in ended]
 
     def _task(self, record: TrialRecord) -> Callable[[], None]:
-        limits = dict(self._constraints) if isinstance(self._constraints, Mapping) else {}
         place = str(self.directory / str(record.job_num))
-        return partial(_run_trial, self._evaluate, record, self._target, list(self._directions), limits, place)
+        return partial(
+            run_trial, self._evaluate, record, self._target, list(self._directions), self._limits.by_name, place
+        )
 
     def _end_workers(self) -> None:
         if self._workers is not None:
             self._workers.shutdown(kill_workers=True)
             self._workers = None
 
-    def _excess_before(self, architecture: Architecture) -> Excess:
-        """Return which limits an architecture exceeds, as far as that is known before it is evaluated."""
-        if self._constraints is None:
-            return {}
-        if callable(self._constraints):
-            excess = self._constraints(dict(architecture))
-            for name, (value, limit) in excess.items():
-                self._note(name, value, limit, architecture)
-            return excess
-        estimate = getattr(self._evaluate, "estimate", None)
-        if estimate is None:
-            return {}
-        try:
-            known = estimate(dict(architecture))
-        except Exception as error:
-            # A network that cannot be built fails where every failure is recorded.
-            log.debug("no estimate of %s: %s", architecture, error)
-            return {}
-        for name, limit in self._constraints.items():
-            if name in known:
-                self._note(name, known[name], limit, architecture)
-        return excess_of(known, self._constraints)
-
-    def _note(self, name: str, value: float, limit: float, architecture: Architecture) -> None:
-        sign = 1.0 if direction_of(name) == "minimize" else -1.0
-        if name not in self._smallest or sign * value < sign * self._smallest[name][0]:
-            self._smallest[name] = (value, limit, architecture)
-
     def _tell(self, record: TrialRecord) -> None:
         if not any(one.id == record.number for one in self._searcher.pending):
             return
-        told = _told(record, len(self._directions))
+        told = told_of(record, len(self._directions))
         self._searcher.tell(told.candidate, told.objectives, failure=told.failure, violation=told.violation)
         self._count(record)
 
@@ -347,20 +324,19 @@ class _Search:
         """Keep count of a trial that the searcher was told."""
         rejected = _was_rejected(record)
         self._evaluated += not rejected and record.cached_from is None
-        feasible = record.objectives is not None and not record.failure
-        self._succeeded += feasible
-        self._rejected_in_a_row = 0 if feasible else self._rejected_in_a_row + rejected
+        self._succeeded += record.feasible
+        self._rejected_in_a_row = 0 if record.feasible else self._rejected_in_a_row + rejected
         self._known.setdefault(self._key(record.candidate.params), record)
         if record.status == "failed":
             self._failed.append(record)
-            log.warning("trial %d failed: %s", record.number, _reason(record))
+            log.warning("trial %d failed: %s", record.number, record.reason)
 
     def _check_failures(self) -> None:
         failed = self._failed
         if not failed or len(failed) < self._evaluated:
             return
-        reasons = [_reason(record) for record in failed]
-        if _UNREPORTED in reasons[0]:
+        reasons = [record.reason for record in failed]
+        if UNREPORTED in reasons[0]:
             raise SearchError(reasons[0])
         # But for the sizes of what did not fit.
         alike = len(failed) >= _HOPELESS_ALIKE and len({re.sub(r"\d+", "#", reason) for reason in reasons}) == 1
@@ -370,19 +346,15 @@ class _Search:
     def _check_some_succeeded(self) -> None:
         if self._succeeded:
             return
-        if self._smallest and self._rejected_in_a_row:
-            found = "; ".join(
-                f"constraints.{name}={limit:g}: met by none of {self._rejected_in_a_row} architectures, "
-                f"the {_least(name)} found is {value:g} ({architecture})"
-                for name, (value, limit, architecture) in self._smallest.items()
-            )
-            raise SearchError(found)
+        unmet = self._limits.unmet(self._rejected_in_a_row)
+        if unmet and self._rejected_in_a_row:
+            raise SearchError(unmet)
         if self._failed:
             count = len(self._failed)
-            raise SearchError(f"{count} of {count} trials failed; the last one: {_reason(self._failed[-1])}")
+            raise SearchError(f"{count} of {count} trials failed; the last one: {self._failed[-1].reason}")
         over = [record for record in self._journal.trials(self.sweep_id) if record.failure]
         if over:
-            raise SearchError(f"no architecture kept the limits; the last one: {_reason(over[-1])}")
+            raise SearchError(f"no architecture kept the limits; the last one: {over[-1].reason}")
         raise SearchError("no architecture was evaluated: the strategy proposed none")
 
     def _resumed(self, command: str, resume: int | None) -> SweepRecord | None:
@@ -421,28 +393,23 @@ class _Search:
 
     def _restored(self) -> list[TrialRecord]:
         """Bring the searcher to where it was, and return what is to be evaluated again."""
-        record = self._record
-        if record.state is None:
+        found = continuation_of(self._journal, self._record)
+        if found is None:
             return []
-        trials = self._journal.trials(record.id)
-        self._batch = max(trial.batch for trial in trials)
-        self._next_job_num = max(trial.job_num or 0 for trial in trials) + 1
-        waiting = {one["id"] for one in record.state["pending"]}
-        told = [trial for trial in trials if trial.number not in waiting]
-        directions = len(self._directions)
-        state = {**record.state, "trials": [trial_dict(_told(trial, directions)) for trial in told]}
-        self._searcher.load_state_dict(state)
-        for trial in told:
+        self._batch = found.batch
+        self._next_job_num = max(trial.job_num or 0 for trial in [*found.ended, *found.unfinished]) + 1
+        self._searcher.load_state_dict(found.state)
+        for trial in found.told:
             self._count(trial)
-        for trial in trials:
-            if trial.ended:
-                self._known.setdefault(self._key(trial.candidate.params), trial)
-        unfinished = [trial.number for trial in trials if not trial.ended]
-        ended = len(trials) - len(unfinished)
-        log.info("search %d continues: %d trials have a result, %d run again", record.id, ended, len(unfinished))
-        self._journal.renumber(record.id, unfinished, self._next_job_num)
-        self._next_job_num += len(unfinished)
-        return [trial for trial in self._journal.trials(record.id) if trial.number in unfinished]
+        for trial in found.ended:
+            self._known.setdefault(self._key(trial.candidate.params), trial)
+        again = found.unfinished
+        log.info(
+            "search %d continues: %d trials have a result, %d run again", self.sweep_id, len(found.ended), len(again)
+        )
+        first = self._next_job_num
+        self._next_job_num += len(again)
+        return relaunched(self._journal, self._record, again, first)
 
     def _result(self) -> SearchResult:
         history = [self._trial(record) for record in self._journal.trials(self.sweep_id)]
@@ -451,133 +418,20 @@ class _Search:
         return SearchResult(history, front, dict(self._directions), self.sweep_id, str(self.directory))
 
     def _trial(self, record: TrialRecord) -> ArchitectureTrial:
-        exceeds = _violation(record) > 0
         return ArchitectureTrial(
             number=record.number,
             architecture=record.candidate.params,
             objectives=dict(zip(self._directions, record.objectives or (), strict=False)),
-            failure=_reason(record) if record.failure or record.objectives is None else None,
+            failure=None if record.feasible else record.reason,
             origin=record.candidate.origin,
             evaluated=record.cached_from is None and not _was_rejected(record),
-            exceeds=exceeds,
+            exceeds=record.violation > 0,
         )
-
-
-def excess_of(values: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, tuple[float, float]]:
-    """Return which limits are exceeded, with value and limit; what is not among the values is left out.
-
-    Args:
-        values: By name.
-        limits: By name: at most so much, or at least so much of what is better the more of it there is.
-
-    Example:
-        >>> excess_of({"latency_ms": 3.0, "val/acc": 0.9}, {"latency_ms": 2.0, "val/acc": 0.8})
-        {'latency_ms': (3.0, 2.0)}
-    """
-    found = {}
-    for name, limit in limits.items():
-        if name in values:
-            sign = 1.0 if direction_of(name) == "minimize" else -1.0
-            # A number that is none keeps no limit.
-            if not sign * values[name] <= sign * limit:
-                found[name] = (values[name], limit)
-    return found
-
-
-def _run_trial(
-    evaluate: Evaluate,
-    record: TrialRecord,
-    store: str,
-    objectives: Sequence[str],
-    limits: Mapping[str, float],
-    directory: str,
-) -> None:
-    """Evaluate one architecture, in whatever process, and write its result to the journal."""
-    journal = open_journal(store)
-    assert record.job_num is not None
-    journal.start_trial(record.sweep_id, record.job_num, directory, None)
-    try:
-        with named_trial(record.sweep_id, record.number, store):
-            metrics = dict(_evaluated(evaluate, dict(record.candidate.params)))
-    except TrialPrunedError as error:
-        journal.end_trial(record, None, failure=f"pruned {error}", status="pruned")
-        return
-    except Exception as error:
-        journal.end_trial(record, None, failure=described(error))
-        return
-    values, failure = _objectives(metrics, objectives)
-    missing = [name for name in limits if name not in metrics and not hasattr(evaluate, "estimate")]
-    if failure is None and missing:
-        failure = f"constraints.{missing[0]} {_UNREPORTED} {', '.join(sorted(metrics))}"
-    if failure is not None:
-        journal.end_trial(record, None, failure=failure)
-        return
-    excess = excess_of(metrics, limits)
-    journal.end_trial(record, values, failure=_over(excess) if excess else None, status="done")
-
-
-def _evaluated(evaluate: Evaluate, architecture: Architecture) -> Mapping[str, float]:
-    try:
-        metrics = evaluate(architecture)
-    except SystemExit as end:
-        if end.code == 128 + signal.SIGINT:
-            raise KeyboardInterrupt from end
-        raise RuntimeError(f"the evaluation ended with exit code {end.code}") from end
-    if not isinstance(metrics, Mapping):
-        raise TypeError(f"evaluate returned {metrics!r:.100}: expected numbers by name, e.g. {{'acc': 0.9}}")
-    return metrics
-
-
-def _objectives(metrics: Mapping[str, Any], names: Sequence[str]) -> tuple[list[float], str | None]:
-    """Return the objectives, or why there are none."""
-    for name in names:
-        if name not in metrics:
-            return [], f"objective {name!r} {_UNREPORTED} {', '.join(sorted(map(str, metrics))) or 'nothing'}"
-    try:
-        values = [float(metrics[name]) for name in names]
-    except (TypeError, ValueError) as error:
-        return [], f"objectives {list(names)}: {error}"
-    bad = [f"{name} is {value}" for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
-    return values, "; ".join(bad) or None
-
-
-def _over(excess: Excess) -> str:
-    """Return what is exceeded, and in a second line by how much in all, for whoever continues the search."""
-    texts = [f"{name} {value:.6g} over its limit {limit:.6g}" for name, (value, limit) in excess.items()]
-    by_how_much = sum(_share(value, limit) for value, limit in excess.values())
-    return f"{', '.join(texts)}\nviolation={by_how_much!r}"
-
-
-def _share(value: float, limit: float) -> float:
-    share = abs(value - limit) / max(abs(limit), 1e-12)
-    return float(min(share, 1e6)) if math.isfinite(share) else 1e6
-
-
-def _violation(record: TrialRecord) -> float:
-    _, mark, number = (record.failure or "").partition("\nviolation=")
-    return float(number) if mark else 0.0
 
 
 def _was_rejected(record: TrialRecord) -> bool:
     """Whether a trial was over a limit before it was evaluated."""
-    return record.objectives is None and _violation(record) > 0
-
-
-def _told(record: TrialRecord, count: int) -> SearcherTrial:
-    """Return a trial as its searcher is told it."""
-    violation = _violation(record)
-    if record.objectives is None and not violation:
-        return SearcherTrial(record.candidate, failure=_reason(record))
-    # What was never evaluated has no objectives; by how much it exceeds its limits ranks it behind all others.
-    return SearcherTrial(record.candidate, tuple(record.objectives or [0.0] * count), violation=violation)
-
-
-def _least(name: str) -> str:
-    return "smallest" if direction_of(name) == "minimize" else "largest"
-
-
-def _reason(record: TrialRecord) -> str:
-    return (record.failure or "it has no result").splitlines()[0]
+    return record.objectives is None and record.violation > 0
 
 
 def _directions(objectives: Mapping[str, Direction] | Sequence[str] | str) -> dict[str, Direction]:
@@ -614,6 +468,9 @@ def _identity(evaluate: Any, strategy: Any, directions: Mapping[str, Direction],
 def _name(thing: Any) -> str:
     if isinstance(thing, str):
         return thing
-    if isinstance(thing, functools.partial):
+    if isinstance(thing, OneShot):
+        values = {key: _name(one) if callable(one) else repr(one) for key, one in vars(thing).items()}
+        return f"OneShot({', '.join(f'{key}={text}' for key, text in values.items())})"
+    if isinstance(thing, partial):
         return f"{_name(thing.func)}({', '.join(f'{key}={value!r}' for key, value in sorted(thing.keywords.items()))})"
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"

@@ -1,606 +1,177 @@
-"""Training a supernet: its weights and the architecture together, or its weights for a search that comes after.
+"""One-shot strategies: those that train one supernet first, and then search what it holds.
 
-Both are callbacks on a Trainer's own automatic optimization, so that gradient clipping, accumulation, schedulers,
-precision and other callbacks go on working.
-
-Sources: see :mod:`lightning_optcore.nas.supernet`; Cai et al., "Once-for-All", 2020, https://arxiv.org/abs/1908.09791,
-and Yu and Huang, "Universally Slimmable Networks", 2019, https://arxiv.org/abs/1903.05134 (the sandwich rule).
+Sources: see :mod:`lightning_optcore.nas.supernet`, :mod:`lightning_optcore.nas.sampled_training` and
+:mod:`lightning_optcore.nas.once_for_all`.
 """
 
 from __future__ import annotations
 
-import copy
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler, Subset
-from torchmetrics import Metric
+from lightning_optcore.nas.strategies import STRATEGIES, Strategy
+from lightning_optcore.search.searcher import SearchError
 
-from lightning_optcore.nas._lightning_compat import on_device, on_training_loader
-from lightning_optcore.nas._nni_compat import nni_nas
-from lightning_optcore.nas.supernet import (
-    Architecture,
-    SupernetError,
-    alphas,
-    best_architecture,
-    choose,
-    collect,
-    find_supernet,
-    kind_of,
-    largest,
-    probabilities,
-    random_architecture,
-    smallest,
-)
+if TYPE_CHECKING:
+    from lightning_optcore.nas.differentiable_search import DifferentiableSearch
+    from lightning_optcore.nas.sampled_training import SampledTraining
+    from lightning_optcore.nas.supernet import Kind
 
-# By label and option: what it costs.
-CostTable = Mapping[str, Mapping[Any, float]]
-# From the probability of every option, by label, to the expected cost.
-ExpectedCost = Callable[[Mapping[str, Mapping[Any, Tensor]]], Tensor]
+# What is done in the search's folder before the first trial, and told the searcher.
+Prepare = Callable[[Path, Any], None]
+OneShotKind = Literal["random_one_shot", "once_for_all", "darts", "gumbel_darts", "proxyless"]
 
-_BETAS = (0.5, 0.999)
+_SEARCHERS: dict[str, Strategy] = {"random_one_shot": "random", "once_for_all": "nsga2"}
+# What can be counted, or predicted, by its name on the yardstick.
+COSTS = {"flops": "flops", "parameters": "params", "latency_ms": "latency_ms"}
+_OF_ALL = ("kind", "max_epochs")
+_OF_SAMPLED = ("searcher", "calibration_batches")
+_OF_DIFFERENTIABLE = (
+    "learning_rate", "weight_decay", "validation_fraction", "warmup_epochs", "cost", "cost_weight", "cost_limits",
+)  # fmt: skip
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "random_one_shot": _OF_SAMPLED,
+    "once_for_all": (*_OF_SAMPLED, "num_random"),
+    "darts": _OF_DIFFERENTIABLE,
+    "gumbel_darts": (*_OF_DIFFERENTIABLE, "temperature"),
+    "proxyless": _OF_DIFFERENTIABLE,
+}
 
 
-def expected_cost(model_space: nn.Module, example_input: Tensor, what: Literal["flops", "parameters"]) -> ExpectedCost:
-    """Return a function from the probabilities of options to a space's expected cost, which has a gradient.
+@dataclass(frozen=True)
+class OneShot:
+    """A strategy that trains one supernet, by the module, data, Trainer and callbacks of a ``LightningEvaluator``.
 
-    Args:
-        model_space: The ``ModelSpace``, before it became a supernet.
-        example_input: A batch of one.
-        what: ``"flops"`` (as NNI counts them: multiply-accumulates) or ``"parameters"``.
-
-    Raises:
-        SupernetError: If ``what`` is neither.
-
-    Example:
-        >>> from lightning_optcore.nas._nni_compat import nni_nas
-        >>> class Space(nni_nas().nn.ModelSpace):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.layer = nni_nas().nn.LayerChoice([nn.Linear(4, 4), nn.Linear(4, 4, bias=False)], label="layer")
-        ...     def forward(self, x):
-        ...         return self.layer(x)
-        >>> cost = expected_cost(Space(), torch.zeros(1, 4), "parameters")
-        >>> float(cost({"layer": {0: torch.tensor(0.25), 1: torch.tensor(0.75)}}))
-        17.0
-    """
-    nas = nni_nas()
-    profilers = {"flops": nas.profiler.FlopsProfiler, "parameters": nas.profiler.NumParamsProfiler}
-    if what not in profilers:
-        raise SupernetError(f"what={what!r}: expected flops or parameters")
-    expression = profilers[what](copy.deepcopy(model_space), example_input).expression
-
-    def cost(odds: Mapping[str, Mapping[Any, Tensor]]) -> Tensor:
-        return torch.as_tensor(nas.expressions.expression_expectation(expression, dict(odds)))
-
-    return cost
-
-
-def expected_cost_of_table(table: CostTable, odds: Mapping[str, Mapping[Any, Tensor]]) -> Tensor:
-    """Return the expected sum of the costs in a table, e.g. of measured latencies in ms.
-
-    Raises:
-        SupernetError: If the table names a label or lacks an option of the supernet.
-
-    Example:
-        >>> odds = {"width": {8: torch.tensor(0.5), 16: torch.tensor(0.5)}}
-        >>> float(expected_cost_of_table({"width": {8: 1.0, 16: 3.0}}, odds))
-        2.0
-    """
-    total = torch.zeros(())
-    for label, costs in table.items():
-        if label not in odds:
-            raise SupernetError(f"cost.{label}: the supernet weighs {', '.join(odds) or 'nothing'}")
-        # A table from a file has text for keys.
-        known = {str(option): cost for option, cost in costs.items()}
-        for option, probability in odds[label].items():
-            if str(option) not in known:
-                raise SupernetError(f"cost.{label}: has {', '.join(known)}, but not {option}")
-            total = total.to(probability.device) + probability * known[str(option)]
-    return total
-
-
-def split_training_loader(
-    loader: Any, fraction: float, seed: int, trained: Callable[[], int], stepped: Callable[[], int]
-) -> tuple[DataLoader, DataLoader]:
-    """Split a training loader into one for the weights and one, without end, for the architecture.
-
-    The order of either is a function of the seed and of how many batches there were, so that a resumed training sees
-    what an uninterrupted one would.
+    ``random_one_shot`` and ``once_for_all`` then search among its sub-networks, which are validated and measured with
+    the weights that they share. ``darts``, ``gumbel_darts`` and ``proxyless`` learn an architecture with the weights,
+    and this one is trained alone, as the search's one trial.
 
     Args:
-        loader: Of a data set with a length.
-        fraction: Of the samples, for the architecture.
-        seed: Of the split and of the orders.
-        trained: How many batches the weights saw; asked when an epoch begins.
-        stepped: How many the architecture saw; asked once.
-
-    Raises:
-        MisconfigurationException: If the loader cannot be split, or one part would be less than a batch.
-    """
-    name = type(loader).__name__
-    if not isinstance(loader, DataLoader):
-        raise MisconfigurationException(f"a training loader of type {name} cannot be split: expected a DataLoader")
-    if not hasattr(loader.dataset, "__len__") or type(loader.batch_sampler) is not BatchSampler:
-        raise MisconfigurationException(
-            f"the training data ({type(loader.dataset).__name__}) cannot be split for the architecture: expected a "
-            "data set with a length, and batches made by batch_size and shuffle"
-        )
-    if type(loader.sampler) not in (RandomSampler, SequentialSampler):
-        raise MisconfigurationException(
-            f"a training loader with a {type(loader.sampler).__name__} cannot be split: expected shuffle=true or false"
-        )
-    count = len(loader.dataset)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    size = int(loader.batch_size or 1)
-    at = count - round(count * fraction)
-    if min(at, count - at) < size:
-        raise MisconfigurationException(
-            f"validation_fraction={fraction}: {count} samples leave less than one batch of {size} for either part"
-        )
-    weights, architecture = (Subset(loader.dataset, sorted(part)) for part in (order[:at], order[at:]))
-    shared = {
-        "num_workers": loader.num_workers,
-        "prefetch_factor": loader.prefetch_factor,
-        "timeout": loader.timeout,
-        "collate_fn": loader.collate_fn,
-        "pin_memory": loader.pin_memory,
-        "worker_init_fn": loader.worker_init_fn,
-        "persistent_workers": loader.persistent_workers,
-        "multiprocessing_context": loader.multiprocessing_context,
-    }
-    shuffle = isinstance(loader.sampler, RandomSampler)
-    # A generator of its own: beginning an epoch leaves the global one as it is.
-    return (
-        DataLoader(
-            weights,
-            batch_size=size,
-            sampler=_Shuffled(len(weights), seed, trained) if shuffle else SequentialSampler(weights),
-            drop_last=loader.drop_last,
-            generator=torch.Generator().manual_seed(seed),
-            **shared,
-        ),
-        DataLoader(
-            architecture,
-            batch_sampler=_Endless(len(architecture), size, seed, stepped),
-            generator=torch.Generator().manual_seed(seed),
-            **shared,
-        ),
-    )
-
-
-class DifferentiableSearch(Callback):
-    """Learns an architecture while its weights are trained: DARTS of first order, GumbelDARTS or ProxylessNAS.
-
-    The LightningModule holds a supernet of :func:`lightning_optcore.nas.supernet.supernet`, of kind ``darts``,
-    ``gumbel_darts`` or ``proxyless``. Before each step of the weights the architecture takes one, on a part of the
-    training set that the weights never see. When training ends, ``callback.architecture`` is what was found.
-    Resumed from a checkpoint of an epoch's end, training ends as it would have without the interruption.
-
-    Args:
-        learning_rate: Of the architecture (Adam).
+        kind: Which.
+        max_epochs: Of the supernet's training; ``None``: the Trainer's own.
+        num_random: Of ``once_for_all``: random architectures beside the largest and the smallest, for every step of
+            the weights; so many batches, and the two, are accumulated.
+        searcher: Of the first two: the strategy that searches the sub-networks; ``None``: ``"random"`` and
+            ``"nsga2"``.
+        calibration_batches: Of the first two: batches of the training set by which each sub-network's batch norm is
+            recalibrated.
+        learning_rate: Of the last three, as all that follow: of the architecture; see
+            :class:`~lightning_optcore.callbacks.DifferentiableSearch`.
         weight_decay: Of the architecture.
         validation_fraction: Which part of the training set the architecture learns from.
         warmup_epochs: For how many epochs only the weights learn.
-        temperature: Of ``gumbel_darts``, at the beginning and at the end.
-        cost: What an architecture costs: a table ``{label: {option: cost}}``, whose costs are summed, e.g. of measured
-            latencies in ms; or a function like that of :func:`expected_cost`.
+        temperature: Of ``gumbel_darts``.
+        cost: What an architecture costs: a table ``{label: {option: cost}}``, or ``"flops"``, ``"parameters"`` or
+            ``"latency_ms"`` (where the evaluator predicts it) for one that is fitted to random architectures.
         cost_weight: Weight of the cost in the loss of the architecture.
-        cost_limits: Least and greatest cost, either of which may be ``None``: only what is below or above is
-            punished, by its share. Without them every cost is, relative to that at the beginning. A least one keeps a
-            search from ending in skip connections only.
-        seed: Of the split and of the order of batches.
+        cost_limits: Least and greatest cost, outside of which it is punished.
 
     Raises:
-        MisconfigurationException: If an argument is out of its range; if there is not one such supernet; for manual
-            optimization, a loss scaler (``16-mixed``) or several devices; if the training set cannot be split.
+        SearchError: If the kind is unknown, or has no use for an option.
+        MisconfigurationException: If an option is out of its range.
 
     Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[DifferentiableSearch(learning_rate=0.01)], max_epochs=50, logger=False)
+        >>> OneShot("darts", cost="flops").supernet_kind
+        'darts'
     """
 
-    def __init__(
-        self,
-        learning_rate: float = 3e-4,
-        weight_decay: float = 1e-3,
-        validation_fraction: float = 0.5,
-        warmup_epochs: int = 0,
-        temperature: Sequence[float] = (1.0, 0.33),
-        cost: CostTable | ExpectedCost | None = None,
-        cost_weight: float = 0.1,
-        cost_limits: Sequence[float | None] | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        _positive("learning_rate", learning_rate)
-        if not 0 < validation_fraction < 1:
-            raise MisconfigurationException(f"validation_fraction={validation_fraction}: expected 0 < fraction < 1")
-        if len(temperature) != 2 or min(temperature) <= 0:
-            raise MisconfigurationException(f"temperature={temperature}: expected two positive numbers, first and last")
-        for name, value in (("weight_decay", weight_decay), ("warmup_epochs", warmup_epochs)):
-            if value < 0:
-                raise MisconfigurationException(f"{name}={value}: expected 0 or more")
-        if cost_limits is not None:
-            _check_limits(cost, cost_limits)
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.validation_fraction = validation_fraction
-        self.warmup_epochs = warmup_epochs
-        self.temperature = tuple(temperature)
-        self.cost = cost
-        self.cost_weight = cost_weight
-        self.cost_limits = None if cost_limits is None else tuple(cost_limits)
-        self.seed = seed
-        self._network: nn.Module | None = None
-        self._alphas: list[nn.Parameter] = []
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._restored: dict[str, Any] | None = None
-        self._loader: DataLoader | None = None
-        self._batches: Iterator[Any] | None = None
-        self._fitting = False
-        # Batches that the weights saw, and those that the architecture did.
-        self._trained = 0
-        self._stepped = 0
-        self._first_cost: float | None = None
+    kind: OneShotKind
+    max_epochs: int | None = None
+    num_random: int = 2
+    searcher: Strategy | None = None
+    calibration_batches: int = 10
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-3
+    validation_fraction: float = 0.5
+    warmup_epochs: int = 0
+    temperature: Sequence[float] = (1.0, 0.33)
+    cost: str | Mapping[str, Mapping[Any, float]] | None = None
+    cost_weight: float = 0.1
+    cost_limits: Sequence[float | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _OPTIONS:
+            raise SearchError(f"strategy={self.kind!r}: expected one of {', '.join(_OPTIONS)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in (*_OF_ALL, *_OPTIONS[self.kind]) and value != field.default:
+                kinds = ", ".join(kind for kind, options in _OPTIONS.items() if field.name in options)
+                raise SearchError(f"{field.name}={value!r}: strategy={self.kind} has no use for it; it is of {kinds}")
+        for name, number in (("max_epochs", self.max_epochs), ("calibration_batches", self.calibration_batches)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise SearchError(f"{name}={number!r}: expected a positive whole number")
+        table = isinstance(self.cost, Mapping) and all(isinstance(one, Mapping) for one in self.cost.values())
+        if self.cost is not None and self.cost not in tuple(COSTS) and not table:
+            raise SearchError(f"cost={self.cost!r}: expected {', '.join(COSTS)}, or {{label: {{option: cost}}}}")
+        if isinstance(self.searcher, str) and self.searcher not in STRATEGIES:
+            raise SearchError(f"searcher={self.searcher!r}: expected one of {', '.join(STRATEGIES)}")
+        self.callback(0, {} if isinstance(self.cost, str) else self.cost)
 
     @property
-    def architecture(self) -> Architecture:
-        """What the architecture parameters favour now.
+    def samples(self) -> bool:
+        """Whether sub-networks are searched with the supernet's weights, rather than an architecture learned."""
+        return self.kind in _SEARCHERS
 
-        Raises:
-            SupernetError: If nothing was trained yet.
-        """
-        if self._network is None:
-            raise SupernetError("no architecture yet: DifferentiableSearch was not trained")
-        return best_architecture(self._network)
+    @property
+    def supernet_kind(self) -> Kind:
+        """Of which kind the supernet is."""
+        return "sampled" if self.samples else self.kind  # type: ignore[return-value]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the architecture's parameters away from the optimizer of the weights, and its part of the data."""
-        self._fitting = stage == "fit"
-        if not self._fitting:
-            return
-        self._refuse(trainer, pl_module)
-        self._network = _supernet_in(pl_module, ("darts", "gumbel_darts", "proxyless"), "SampledTraining")
-        self._alphas = list({id(alpha): alpha for alpha in alphas(self._network).values()}.values())
-        self._optimizer = self._restored = self._first_cost = self._batches = None
-        self._trained = self._stepped = 0
-        for alpha in self._alphas:
-            alpha.requires_grad_(False)
-        on_training_loader(trainer, self._split)
+    @property
+    def sub_network_strategy(self) -> Strategy:
+        """What searches the sub-networks."""
+        return self.searcher if self.searcher is not None else _SEARCHERS[self.kind]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, or continue, the optimizer of the architecture, whose parameters are on their device by now."""
-        self._optimizer = torch.optim.Adam(
-            self._alphas, self.learning_rate, betas=_BETAS, weight_decay=self.weight_decay
-        )
-        if self._restored is not None:
-            self._optimizer.load_state_dict(self._restored)
+    @property
+    def accumulated(self) -> int:
+        """How many batches a step of the weights has."""
+        return 2 + self.num_random if self.kind == "once_for_all" else 1
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cool the noise of ``gumbel_darts``."""
-        assert self._network is not None
-        first, last = self.temperature
-        epochs = trainer.max_epochs or 0
-        done = min(1.0, trainer.current_epoch / epochs) if epochs > 0 else 0.0
-        for module in self._network.modules():
-            if isinstance(module, nni_nas().supermodule.differentiable.GumbelSoftmax):
-                module.tau = first + (last - first) * done
+    def callback(self, seed: int, cost: Any) -> SampledTraining | DifferentiableSearch:
+        """Return what trains the supernet."""
+        from lightning_optcore.nas.differentiable_search import DifferentiableSearch
+        from lightning_optcore.nas.sampled_training import SampledTraining
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let the architecture take its step, once for every step of the weights."""
-        assert self._network is not None
-        first = batch_idx % trainer.accumulate_grad_batches == 0
-        if first and trainer.current_epoch >= self.warmup_epochs:
-            self._step(trainer, pl_module, batch_idx)
-        collect(self._network, "resample")
+        if self.samples:
+            rule: Literal["random", "sandwich"] = "sandwich" if self.kind == "once_for_all" else "random"
+            return SampledTraining(rule, self.num_random, seed)
+        options = {name: getattr(self, name) for name in _OPTIONS[self.kind]}
+        return DifferentiableSearch(**{**options, "cost": cost}, seed=seed)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Count the batch."""
-        self._trained += 1
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let a proxyless supernet be judged by what it favours."""
-        _choose_in(pl_module, "proxyless", best_architecture)
-
-    on_test_start = on_predict_start = on_validation_start
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the supernet as it was: with gradients for all."""
-        for alpha in self._alphas:
-            alpha.requires_grad_(True)
-        self._batches = self._loader = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer of the architecture, the places in the data, and the state of random numbers."""
-        optimizer = self._optimizer.state_dict() if self._optimizer is not None else self._restored
-        return {
-            "optimizer": optimizer,
-            "trained": self._trained,
-            "stepped": self._stepped,
-            "first_cost": self._first_cost,
-            "random": _random_state(),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
-        if not self._fitting:
-            return
-        self._restored = state_dict["optimizer"]
-        self._trained, self._stepped = state_dict["trained"], state_dict["stepped"]
-        self._first_cost = state_dict["first_cost"]
-        _set_random_state(state_dict["random"])
-
-    def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = type(pl_module).__name__
-        if not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{name}.automatic_optimization=False: its training_step steps the weights itself, also where only the "
-                "architecture should learn; expected automatic optimization"
-            )
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"trainer.devices: {trainer.world_size} processes would each learn an architecture of their own; "
-                "expected devices=1"
-            )
-        precision = trainer.precision_plugin
-        if isinstance(precision, MixedPrecision) and precision.scaler is not None:
-            raise MisconfigurationException(
-                f"trainer.precision={trainer.precision}: its loss scaler follows the gradients of the weights only; "
-                "expected bf16-mixed or 32-true"
-            )
-        if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-            raise MisconfigurationException(
-                f"{name}.training_step takes dataloader_iter, and would take batches of the weights; expected batch"
-            )
-
-    def _split(self, loader: Any) -> DataLoader:
-        weights, self._loader = split_training_loader(
-            loader, self.validation_fraction, self.seed, lambda: self._trained, lambda: self._stepped
-        )
-        self._batches = None
-        return weights
-
-    def _step(self, trainer: Trainer, pl_module: LightningModule, batch_idx: int) -> None:
-        assert self._network is not None and self._loader is not None and self._optimizer is not None
-        if self._batches is None:
-            self._batches = iter(self._loader)
-        batch = on_device(trainer, next(self._batches))
-        self._stepped += 1
-        collect(self._network, "resample")
-        with _only_learns(pl_module, self._alphas), trainer.precision_plugin.train_step_context():
-            with_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-            output = pl_module.training_step(batch, batch_idx) if with_index else pl_module.training_step(batch)
-            loss = output["loss"] if isinstance(output, Mapping) else output
-            if loss is None:
-                return
-            (loss + self._penalty(loss)).backward()
-            self._optimizer.step()
-
-    def _penalty(self, loss: Tensor) -> Tensor:
-        """Return the expected cost's share of the loss."""
-        if self.cost is None or self._network is None:
-            return loss.new_zeros(())
-        odds = probabilities(self._network)
-        cost = self.cost(odds) if callable(self.cost) else expected_cost_of_table(self.cost, odds)
-        if self.cost_limits is None:
-            if self._first_cost is None:
-                self._first_cost = float(cost.detach())
-            return self.cost_weight * cost / self._first_cost
-        least, greatest = self.cost_limits
-        excess = cost.new_zeros(())
-        if least is not None:
-            excess = excess + torch.relu(1 - cost / least)
-        if greatest is not None:
-            excess = excess + torch.relu(cost / greatest - 1)
-        return self.cost_weight * excess
+    def described(self) -> dict[str, Any]:
+        """Return the options that the supernet's training follows from, as JSON has them."""
+        names = [name for name in _OPTIONS[self.kind] if name not in _OF_SAMPLED]
+        return json.loads(json.dumps({"strategy": self.kind, **{name: getattr(self, name) for name in names}}))
 
 
-class SampledTraining(Callback):
-    """Trains the weights of a supernet of kind ``sampled``, another architecture in every batch.
-
-    What comes after is a search over its sub-networks, with the weights that they share: see
-    :mod:`lightning_optcore.nas.once_for_all`. Validation and tests are of the largest architecture.
-
-    Args:
-        rule: ``"random"``: each batch has an architecture at random (RandomOneShot). ``"sandwich"``: batches have in
-            turn the largest, the smallest and ``num_random`` random ones (once-for-all); with
-            ``trainer.accumulate_grad_batches`` at ``2 + num_random`` each step of the weights is for all of them.
-        num_random: Random ones between the largest and the next; for ``"sandwich"``.
-        seed: Of the architectures.
-
-    Raises:
-        MisconfigurationException: If an argument is out of its range, there is not one such supernet, or for several
-            devices.
+def one_shot_of(strategy: Any) -> OneShot | None:
+    """Return the one-shot strategy that a strategy is, names or makes; ``None`` for that of a searcher.
 
     Example:
-        >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(callbacks=[SampledTraining(rule="sandwich")], accumulate_grad_batches=4, logger=False)
+        >>> one_shot_of("darts").kind, one_shot_of("random")
+        ('darts', None)
     """
-
-    def __init__(self, rule: Literal["random", "sandwich"] = "random", num_random: int = 2, seed: int = 0) -> None:
-        super().__init__()
-        if rule not in ("random", "sandwich"):
-            raise MisconfigurationException(f"rule={rule!r}: expected random or sandwich")
-        if num_random < 0:
-            raise MisconfigurationException(f"num_random={num_random}: expected 0 or more")
-        self.rule = rule
-        self.num_random = num_random
-        self.seed = seed
-        self._network: nn.Module | None = None
-        self._fitting = False
-        self._trained = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the supernet."""
-        self._fitting = stage == "fit"
-        if not self._fitting:
-            return
-        self._network = _supernet_in(pl_module, ("sampled",), "DifferentiableSearch")
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"trainer.devices: {trainer.world_size} processes would train other layers each; expected devices=1"
-            )
-        self._trained = 0
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Choose the architecture of this batch."""
-        assert self._network is not None
-        choose(self._network, self._next(self._network))
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Count the batch."""
-        self._trained += 1
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the largest architecture."""
-        _choose_in(pl_module, "sampled", largest)
-
-    on_test_start = on_predict_start = on_validation_start
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many batches there were, and the state of random numbers."""
-        return {"trained": self._trained, "random": _random_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
-        if not self._fitting:
-            return
-        self._trained = state_dict["trained"]
-        _set_random_state(state_dict["random"])
-
-    def _next(self, network: nn.Module) -> Architecture:
-        place = self._trained % (2 + self.num_random)
-        if self.rule == "sandwich" and place < 2:
-            return largest(network) if place == 0 else smallest(network)
-        return random_architecture(network, random.Random(f"{self.seed} {self._trained}"))
+    if isinstance(strategy, str):
+        return OneShot(strategy) if strategy in _OPTIONS else None  # type: ignore[arg-type]
+    if isinstance(strategy, functools.partial) and strategy.func is OneShot:
+        return strategy()
+    return strategy if isinstance(strategy, OneShot) else None
 
 
-class _Shuffled(Sampler[int]):
-    """An epoch's order, which follows from how many batches there were before it."""
+def planned(strategy: Strategy | OneShot, evaluate: Any) -> tuple[Strategy, Any, Prepare | None]:
+    """Return what makes the searcher, what evaluates, and what is done before: as given, but for a one-shot strategy.
 
-    def __init__(self, count: int, seed: int, before: Callable[[], int]) -> None:
-        self.count, self.seed, self.before = count, seed, before
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(_order(self.count, f"weights {self.seed} {self.before()}"))
-
-
-class _Endless(Sampler[list[int]]):
-    """Whole batches without end, one pass after the other, from a given one on."""
-
-    def __init__(self, count: int, size: int, seed: int, before: Callable[[], int]) -> None:
-        self.count, self.size, self.seed, self.before = count, size, seed, before
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step, of_a_pass = self.before(), self.count // self.size
-        while True:
-            turn, at = divmod(step, of_a_pass)
-            order = _order(self.count, f"architecture {self.seed} {turn}")
-            for i in range(at, of_a_pass):
-                yield order[i * self.size : (i + 1) * self.size]
-            step = (turn + 1) * of_a_pass
-
-
-def _order(count: int, seed: str) -> list[int]:
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    return order
-
-
-@contextmanager
-def _only_learns(pl_module: LightningModule, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let a training step change nothing but the gradients of some parameters.
-
-    Weights get none and keep what they accumulated; statistics of batch norm, running metrics and the log stay.
+    Raises:
+        SearchError: If a one-shot strategy cannot go with what evaluates.
+        SupernetError: If there is no such supernet of the space, or nothing inherits its weights.
     """
-    weights = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in pl_module.buffers()]
-    running = [(one, _running(one)) for one in pl_module.modules() if isinstance(one, Metric)]
-    for weight in weights:
-        weight.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-        parameter.grad = None
-    silenced = {name: pl_module.__dict__.get(name) for name in ("log", "log_dict")}
-    for name in silenced:
-        pl_module.__dict__[name] = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        for name, theirs in silenced.items():
-            del pl_module.__dict__[name]
-            if theirs is not None:
-                pl_module.__dict__[name] = theirs
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for weight in weights:
-            weight.requires_grad_(True)
-        for one, state in running:
-            one.__dict__.update(state)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    one_shot = one_shot_of(strategy)
+    if one_shot is None:
+        return strategy, evaluate, None  # type: ignore[return-value]
+    from lightning_optcore.nas.one_shot_plan import plan
 
-
-def _running(metric: Metric) -> dict[str, Any]:
-    names = (*metric._defaults, "_update_count", "_computed")
-    return {name: copy.deepcopy(getattr(metric, name)) for name in names}
-
-
-def _supernet_in(pl_module: LightningModule, kinds: Sequence[str], other: str) -> nn.Module:
-    try:
-        name, network = find_supernet(pl_module)
-    except SupernetError as error:
-        raise MisconfigurationException(str(error)) from error
-    if kind_of(network) not in kinds:
-        raise MisconfigurationException(
-            f"{name} is a supernet of kind={kind_of(network)}: expected {', '.join(kinds)}; {other} trains it"
-        )
-    return network
-
-
-def _choose_in(pl_module: LightningModule, kind: str, which: Callable[[nn.Module], Architecture]) -> None:
-    """Choose what is forwarded; a module without such a supernet, e.g. with what was found, is as good."""
-    for module in pl_module.modules():
-        if getattr(module, "supernet_kind", None) == kind:
-            choose(module, which(module))
-
-
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Continue the random numbers, so that data that are shuffled, noise and dropout are as they would have been."""
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _positive(name: str, value: float) -> None:
-    if value <= 0:
-        raise MisconfigurationException(f"{name}={value}: expected a positive number")
-
-
-def _check_limits(cost: Any, limits: Sequence[float | None]) -> None:
-    if cost is None:
-        raise MisconfigurationException(f"cost_limits={limits} without cost: expected a table of costs or a function")
-    given = [limit for limit in limits if limit is not None]
-    if len(limits) != 2 or not given or min(given) <= 0 or given != sorted(given):
-        raise MisconfigurationException(f"cost_limits={limits}: expected the least and the greatest, both positive")
+    return plan(one_shot, evaluate)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +50,16 @@ def gradient_norm(network: nn.Module, batch: tuple[Any, Tensor], loss: Loss | No
         tried = _copy(network).train()
         value = (loss or _usual_loss)(Inputs.of(inputs).call(tried), targets)
         gradients = torch.autograd.grad(value, list(tried.parameters()), allow_unused=True)
+    return sum_of_norms(gradients)
+
+
+def sum_of_norms(gradients: Iterable[Tensor | None]) -> float:
+    """Return the sum of the norms of gradients; a weight that has none adds nothing.
+
+    Example:
+        >>> sum_of_norms([torch.tensor([3.0, 4.0]), None, torch.tensor([1.0])])
+        6.0
+    """
     return float(sum(gradient.norm() for gradient in gradients if gradient is not None))
 
 

@@ -89,25 +89,37 @@ def configured_space(node: Any) -> ArchitectureSpace:
     return _factory_space(factory, choices, constraints=constraints, conditions=conditions)
 
 
-def retrain(path: str | None = None, space: Any = None, module: Any = None) -> Any:
-    """Return the LightningModule of an architecture, with fresh weights: ``model=architecture``.
+def retrain(path: str | None = None, space: Any = None, module: Any = None, weights: str | None = None) -> Any:
+    """Return the LightningModule of an architecture: ``model=architecture``.
 
     Args:
         path: File of the architecture.
         space: Configuration of the space that it is of.
         module: Configuration of the LightningModule that takes the network.
+        weights: File of a search's supernet, whose share it begins with; ``None``: fresh weights. Statistics of batch
+            norm are the supernet's, of all its sub-networks together, until some batches were trained.
 
     Raises:
         ArchitectureError: If the file is none, or its architecture is not of this space.
+        SupernetError: If the weights are none, or of another space or module.
     """
+    from lightning.pytorch.utilities.seed import isolate_rng
+
     if path is None:
         raise ArchitectureError("path=null: name a file that a search wrote, e.g. model.path=front/trial-7.json")
     architecture = load_architecture(path)
-    where = configured_space(space)
+    # A space may have weights of its own; with the same seed the network begins as it did in the search.
+    with isolate_rng():
+        where = configured_space(space)
+    build = instantiate(module, _partial_=True)
     try:
-        network = where.build(architecture)
+        where.validate(architecture)
     except ArchitectureError as error:
         raise ArchitectureError(
             f"path={path}: {error}; name the space that was searched: nas/space@model.space=..."
         ) from error
-    return instantiate(module, _partial_=True)(network)
+    if weights is None:
+        return build(where.build(architecture))
+    from lightning_optcore.nas.supernet_file import inheriting_modules, load_supernet
+
+    return inheriting_modules(load_supernet(weights), where, build)(architecture)

@@ -33,6 +33,7 @@ class ArchitectureSpace:
         build: Returns the network of an architecture; ``None`` where only a table is searched.
         canonical: Returns the architecture that stands for all that build the same network. Of these only the first
             one is evaluated.
+        model_space: The ``ModelSpace`` of NNI whose networks these are, if there is one: supernets are made of it.
 
     Example:
         >>> from torch import nn
@@ -50,10 +51,13 @@ class ArchitectureSpace:
         build: Build | None = None,
         *,
         canonical: Callable[[Architecture], Architecture] | None = None,
+        model_space: Any = None,
     ) -> None:
         self.choices = choices
+        self.model_space = model_space
         self._build = build
         self._canonical = canonical
+        self._around: tuple[Callable[[Any], Any], ...] = ()
 
     def __repr__(self) -> str:
         return f"ArchitectureSpace({self.to_dict()['parameters']})"
@@ -72,7 +76,46 @@ class ArchitectureSpace:
         self.validate(architecture)
         if self._build is None:
             raise ArchitectureError("this space has choices only: give a ModelSpace, or a factory with its choices")
-        return self._build(dict(architecture))
+        return self.complete(self._build(dict(architecture)))
+
+    def new_model_space(self) -> Any:
+        """Return the ``ModelSpace`` as it was made, with fresh weights: a supernet can be made of it."""
+        return _made_again(self.model_space)
+
+    def within(self, around: Callable[[Any], Any]) -> ArchitectureSpace:
+        """Return the space of the same choices whose networks are parts of others, as supernets of it are.
+
+        Args:
+            around: Returns the whole network from the part that is chosen.
+
+        Example:
+            >>> from torch import nn
+            >>> space = ArchitectureSpace(Space({"width": "choice(8,16)"}), lambda one: nn.Linear(4, one["width"]))
+            >>> space.within(lambda network: nn.Sequential(nn.Flatten(), network)).build({"width": 8})
+            Sequential(
+              (0): Flatten(start_dim=1, end_dim=-1)
+              (1): Linear(in_features=4, out_features=8, bias=True)
+            )
+        """
+        outer = copy.copy(self)
+        outer._around = (*self._around, around)
+        return outer
+
+    def complete(self, network: Any) -> Any:
+        """Return the network of which that of an architecture, or a supernet, is a part; see :meth:`within`."""
+        for around in self._around:
+            network = around(network)
+        return network
+
+    def chosen(self, architecture: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what an architecture stands for: the values themselves, where it has their numbers.
+
+        Example:
+            >>> ArchitectureSpace(Space({"width": "choice(8,16)"})).chosen({"width": 8})
+            {'width': 8}
+        """
+        decode = getattr(self._build, "sample", None)
+        return dict(architecture) if decode is None else dict(decode(architecture))
 
     def validate(self, architecture: Mapping[str, Any]) -> None:
         """Check that an architecture is one of this space.
@@ -203,7 +246,11 @@ class _Frozen:
         if type(self._space).freeze is not nas.nn.ModelSpace.freeze:
             return copy.deepcopy(self._space.freeze(sample))
         with nas.space.model_context(sample):
-            return type(self._space)(*self._space.trace_args, **self._space.trace_kwargs)
+            return _made_again(self._space)
+
+
+def _made_again(space: Any) -> Any:
+    return type(space)(*space.trace_args, **space.trace_kwargs)
 
 
 class _Constraint:
@@ -245,7 +292,7 @@ def _of_model_space(space: Any) -> ArchitectureSpace:
         raise ArchitectureError(f"{type(space).__name__} has no choice: nothing to search")
     frozen = _Frozen(space, samples)
     constraints = [_Constraint(label, rule, frozen) for label, rule in rules.items()]
-    return ArchitectureSpace(Space(parameters, constraints=constraints), frozen)
+    return ArchitectureSpace(Space(parameters, constraints=constraints), frozen, model_space=space)
 
 
 def _combinations(label: str, mutable: Any) -> list[list[Any]]:

@@ -214,16 +214,15 @@ def mobilenet_v3(
 
 
 class _Coloured:
-    """Builds networks of three channels for images of another number."""
+    """Lets a network of three channels take images of another number; picklable."""
 
-    def __init__(self, space: ArchitectureSpace, in_channels: int) -> None:
-        self._space = space
+    def __init__(self, in_channels: int) -> None:
         self._in_channels = in_channels
 
-    def __call__(self, architecture: Any) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(self._in_channels, 3, 1), self._space.build(architecture))
+    def __call__(self, network: nn.Module) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(self._in_channels, 3, 1), network)
 
 
 def _of_colours(model_space: Any, in_channels: int) -> ArchitectureSpace:
     space = architecture_space(model_space)
-    return space if in_channels == 3 else ArchitectureSpace(space.choices, _Coloured(space, in_channels))
+    return space if in_channels == 3 else space.within(_Coloured(in_channels))

@@ -28,6 +28,8 @@ STRATEGIES = {
     "evolutionary": "lightning_optcore.search.evolutionary.Evolutionary",
     "adaptive_evolution": "lightning_optcore.nas.adaptive_evolution.AdaptiveEvolution",
 }
+# Those that train a supernet first; see :mod:`lightning_optcore.nas.one_shot`.
+ONE_SHOT = ("random_one_shot", "once_for_all", "darts", "gumbel_darts", "proxyless")
 # NNI tries as often for a child that is new.
 _RETRIES = 500
 
@@ -61,7 +63,8 @@ def searcher_of(
     """
     if isinstance(strategy, str):
         if strategy not in STRATEGIES:
-            raise SearchError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}, or a Searcher's class")
+            known = ", ".join((*STRATEGIES, *ONE_SHOT))
+            raise SearchError(f"strategy={strategy!r}: expected one of {known}, or a Searcher's class")
         module, _, name = STRATEGIES[strategy].rpartition(".")
         strategy = getattr(importlib.import_module(module), name)
     build: Callable[..., Any] = strategy  # type: ignore[assignment]

@@ -328,10 +328,11 @@ def _listed(mutable: Any) -> list[Any] | None:
 
 
 def _architecture(network: nn.Module, sample: Mapping[str, Any]) -> Architecture:
-    """Return the architecture of what NNI takes for one."""
+    """Return the architecture of what NNI takes for one, whose labels are of a class that no file shall name."""
     listed = {label: _listed(network.supernet_choices[label]) for label in sample}  # type: ignore[index]
     return {
-        label: value if (options := listed[label]) is None else options.index(value) for label, value in sample.items()
+        str(label): value if (options := listed[label]) is None else options.index(value)
+        for label, value in sample.items()
     }
 
 

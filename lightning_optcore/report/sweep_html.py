@@ -11,6 +11,8 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from lightning_optcore.report import sweep_figures
+from lightning_optcore.report.architecture_svg import KINDS, svgs_of
+from lightning_optcore.report.architectures import Picture
 from lightning_optcore.report.figures import fragment
 from lightning_optcore.report.html import write_page
 from lightning_optcore.report.sweep_page import SweepPage, Trial
@@ -18,12 +20,13 @@ from lightning_optcore.report.sweep_page import SweepPage, Trial
 # A table of more rows is slow to load; trials.csv in the sweep's folder has all.
 _MOST_ROWS = 1_000
 _MOST_COLUMNS = 6
+_MOST_PICTURES = 30
 
 
 def write_sweep_report(
     page: SweepPage, path: str | Path, *, assets_dir: str | Path | None = None, self_contained: bool = False
 ) -> Path:
-    """Write the report of a sweep: front, history, parallel coordinates, importance, overrides to paste, trials.
+    """Write the report of a sweep: front, architectures, history, parallel coordinates, importance, overrides, trials.
 
     Args:
         page: The sweep.
@@ -40,6 +43,10 @@ def write_sweep_report(
     shown = _shown(page.trials)
     names = [axis.name for axis in page.axes if axis.name]
     bars = [one for one in page.importance if one.bars]
+    pictures = page.pictures[:_MOST_PICTURES]
+    layers = [layer for _, picture in pictures for layer in picture.layers]
+    widest = max((layer.width for layer in layers), default=1)
+    kinds = {layer.kind if layer.kind in KINDS else KINDS[-1] for layer in layers}
     return write_page(
         "sweep.html.j2",
         target,
@@ -50,6 +57,9 @@ def write_sweep_report(
         history=_drawn(sweep_figures.history_figure(page)) if len(page.history) > 1 else None,
         parallel=_drawn(sweep_figures.parallel_figure(page)) if finished > 1 and names else None,
         importance=_drawn(sweep_figures.importance_figure(bars)) if bars else None,
+        pictures=[(trial, svgs_of(picture, widest), _unseen(trial, picture)) for trial, picture in pictures],
+        pictures_left_out=len(page.pictures) - len(pictures),
+        kinds=[(i, kind) for i, kind in enumerate(KINDS) if kind in kinds],
         columns=names if len(names) <= _MOST_COLUMNS else [],
         rows=[(trial, _link(trial, target), _folder(trial, page)) for trial in shown],
         left_out=len(page.trials) - len(shown),
@@ -68,6 +78,14 @@ def write_sweep_report(
 
 def _drawn(figure: Any) -> Markup:
     return Markup(fragment(figure))
+
+
+def _unseen(trial: Trial, picture: Picture) -> str:
+    """Return the choices that a picture of cells does not show; layers show them all, in their way."""
+    if not picture.cells:
+        return ""
+    chosen = trial.params.items()
+    return ", ".join(f"{name}={sweep_figures.short(value)}" for name, value in chosen if name not in picture.labels)
 
 
 def _shown(trials: Sequence[Trial]) -> list[Trial]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lightning_optcore.report.architectures import Picture
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -89,6 +91,7 @@ class SweepPage:
         history: Of several: number of a finished trial and share of the final hypervolume, in the order of time.
         reference: The hypervolume's reference point.
         importance: One an objective.
+        pictures: Of an architecture search: trials of the front and what their networks look like.
     """
 
     id: int
@@ -108,6 +111,7 @@ class SweepPage:
     history: list[tuple[int, float]]
     reference: list[float]
     importance: list[Importance]
+    pictures: list[tuple[Trial, Picture]] = field(default_factory=list)
 
     def count(self, status: str) -> int:
         """How many trials have a status."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata  # type: ignore[import-untyped]
+from scipy.stats import rankdata
 
 from lightning_optcore.search.searcher import SearchError
 from lightning_optcore.search.space import Choice, Interval, Parameter

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.linalg import lapack  # type: ignore[import-untyped]
-from scipy.optimize import minimize  # type: ignore[import-untyped]
+from scipy.linalg import lapack
+from scipy.optimize import minimize
 
 from lightning_optcore.search.pareto import FEW_SAMPLES, covered, hypervolume_gains, non_dominated
 

@@ -94,8 +94,7 @@ def sweep_table(
 
 def _front(records: Sequence[TrialRecord], directions: Sequence[Direction]) -> dict[int, float]:
     """Return the first cost of every trial of the front, by its number."""
-    # What is done and has a failure exceeds a limit.
-    done = [record for record in records if record.objectives and not record.failure]
+    done = [record for record in records if record.feasible]
     if not done:
         return {}
     signs = np.array([1.0 if direction == "minimize" else -1.0 for direction in directions])

@@ -23,8 +23,9 @@ from lightning_optcore.fingerprints import code_fingerprint
 from lightning_optcore.measurement.directions import Direction, direction_of
 from lightning_optcore.search.grammar import override_text, parameter_of
 from lightning_optcore.search.sampling import Grid
-from lightning_optcore.search.searcher import Candidate, Searcher, Trial, trial_dict
+from lightning_optcore.search.searcher import Searcher
 from lightning_optcore.search.space import Choice, Parameter, Space
+from lightning_optcore.sweeps.continuation import continuation_of, relaunched, told_of
 from lightning_optcore.sweeps.display import LiveTable
 from lightning_optcore.sweeps.journal import SweepError, SweepRecord, TrialRecord, held_journal
 from lightning_optcore.sweeps.results import write_results
@@ -296,11 +297,11 @@ class Sweep:
     def _tell(self, record: TrialRecord) -> None:
         if not any(one.id == record.candidate.id for one in self._searcher.pending):
             return
-        told = told_of(record)
+        told = told_of(record, len(self._directions))
         self._searcher.tell(told.candidate, told.objectives, failure=told.failure)
         if record.status == "failed":
             self._failed.append(record)
-            log.warning("trial %d failed: %s", record.number, reason_of(record))
+            log.warning("trial %d failed: %s", record.number, record.reason)
 
     def _check_failures(self) -> None:
         limit, failed = self._options.max_failures, self._failed
@@ -367,20 +368,15 @@ class Sweep:
 
     def _restore(self, record: SweepRecord) -> list[TrialRecord]:
         """Bring the searcher to where it was, and return what is to be launched again."""
-        if record.state is None:
+        found = continuation_of(self._journal, record)
+        if found is None:
             return []
-        trials = self._journal.trials(record.id)
-        self._batch = max(trial.batch for trial in trials)
-        waiting = {one["id"] for one in record.state["pending"]}
-        told = [trial_dict(told_of(trial)) for trial in trials if trial.number not in waiting]
-        self._failed = [one for one in trials if one.status == "failed" and one.number not in waiting]
-        self._searcher.load_state_dict({**record.state, "trials": told})
-        unfinished = [trial for trial in trials if not trial.ended]
-        ended = len(trials) - len(unfinished)
-        log.info("sweep %d continues: %d trials have a result, %d run again", record.id, ended, len(unfinished))
-        numbers = [trial.number for trial in unfinished]
-        self._journal.renumber(record.id, numbers, self._take_job_nums(len(numbers)))
-        return [trial for trial in self._journal.trials(record.id) if trial.number in numbers]
+        self._batch = found.batch
+        self._failed = [one for one in found.told if one.status == "failed"]
+        self._searcher.load_state_dict(found.state)
+        again = found.unfinished
+        log.info("sweep %d continues: %d trials have a result, %d run again", record.id, len(found.ended), len(again))
+        return relaunched(self._journal, record, again, self._take_job_nums(len(again)))
 
     def _save_config(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -442,24 +438,11 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def told_of(record: TrialRecord) -> Trial:
-    """Return a trial as its searcher is told it."""
-    candidate: Candidate = record.candidate
-    if record.objectives is None:
-        return Trial(candidate, failure=reason_of(record))
-    return Trial(candidate, tuple(record.objectives))
-
-
 def _texts(overrides: Any) -> list[str]:
     """Return overrides as they were written: an interpolation in one may only be resolved within a job."""
     plain: Any = OmegaConf.to_container(overrides, resolve=False)
     return list(plain)
 
 
-def reason_of(record: TrialRecord) -> str:
-    """Return in one line why a trial has no objectives."""
-    return (record.failure or "no objective was returned").splitlines()[0]
-
-
 def _last_reason(failed: Sequence[TrialRecord]) -> str:
-    return f"the last one: {reason_of(failed[-1])}"
+    return f"the last one: {failed[-1].reason}"

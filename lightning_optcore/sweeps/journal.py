@@ -90,7 +90,10 @@ class SweepRecord:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A trial as stored; its status is asked, running, done, failed or pruned."""
+    """A trial as stored; its status is asked, running, done, failed or pruned.
+
+    ``violation`` is by how much it exceeds limits, as the sum of its shares over them; 0 where it keeps them.
+    """
 
     sweep_id: int
     number: int
@@ -101,6 +104,7 @@ class TrialRecord:
     status: str
     objectives: list[float] | None = None
     failure: str | None = None
+    violation: float = 0.0
     fingerprint: str | None = None
     cached_from: str | None = None
     directory: str | None = None
@@ -111,6 +115,16 @@ class TrialRecord:
     def ended(self) -> bool:
         """Whether it has a result."""
         return self.status in ENDED
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it has objectives and keeps its limits."""
+        return self.objectives is not None and not self.failure and not self.violation
+
+    @property
+    def reason(self) -> str:
+        """Why it has no objectives, or which limit it exceeds, in one line."""
+        return (self.failure or "it has no result").splitlines()[0]
 
 
 class Journal:
@@ -313,12 +327,14 @@ class Journal:
         failure: str | None = None,
         cached_from: str | None = None,
         status: str | None = None,
+        violation: float = 0.0,
     ) -> None:
         """Write a trial's result; that of a job whose trial was launched again meanwhile is dropped."""
         values = {
             "status": status or ("failed" if failure is not None else "done"),
             "objectives": None if objectives is None else json.dumps(list(objectives)),
             "failure": failure,
+            "violation": violation or None,
             "cached_from": cached_from,
             "finished_at": now(),
         }
@@ -400,7 +416,9 @@ def _trial(row: Row[Any]) -> TrialRecord:
     values = dict(row._mapping)
     for name in ("candidate", "overrides", "objectives"):
         values[name] = json.loads(values[name]) if values[name] is not None else None
-    return TrialRecord(**{**values, "candidate": Candidate(**values["candidate"])})
+    return TrialRecord(
+        **{**values, "candidate": Candidate(**values["candidate"]), "violation": values["violation"] or 0.0}
+    )
 
 
 def _this_process() -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _table(searcher: Searcher, objectives: Sequence[str], records: Sequence[Tria
     writer.writerow(["trial", "job", "status", "pareto", "origin", "parent", *names, *objectives, *known])
     for record in records:
         values: Sequence[Any] = record.objectives or [""] * len(objectives)
-        failure = record.failure.splitlines()[0] if record.failure else None
+        failure = record.reason if record.failure else None
         described = [record.started_at, record.finished_at, record.directory, record.cached_from, failure]
         mark = int(record.number in best)
         chosen = [record.candidate.params.get(name) for name in names]

@@ -1,4 +1,7 @@
-"""A fit that prunes and saves, to be killed and resumed: killed_run.py FOLDER [--slow] [--resume CHECKPOINT]."""
+"""A fit that prunes and saves, to be killed and resumed.
+
+killed_run.py FOLDER [--net cnn|transformer] [--quantize] [--slow] [--resume CHECKPOINT]
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,14 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from nets import RowsClassifier
 
-from lightning_optcore.callbacks import KnowledgeDistillation, StructuredPruning
+from lightning_optcore.callbacks import (
+    KnowledgeDistillation,
+    LowRankFactorization,
+    QuantizationAwareTraining,
+    StructuredPruning,
+)
 from lightning_optcore.data import Digits
 from lightning_optcore.models import CNN
 
@@ -23,13 +32,20 @@ class Slow(Callback):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--net", choices=("cnn", "transformer"), default="cnn")
+    parser.add_argument("--quantize", action="store_true")
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--resume")
     options = parser.parse_args()
     seed_everything(7 if options.resume else 0, verbose=False)
-    model = CNN(width=16, depth=2)
+    model = CNN(width=16, depth=2) if options.net == "cnn" else RowsClassifier()
     checkpoint = ModelCheckpoint(dirpath=options.folder, save_top_k=-1, filename="{epoch}", save_last=True)
-    callbacks = [KnowledgeDistillation(alpha=0.3), StructuredPruning(target_flops=0.5, start_epoch=1, end_epoch=3)]
+    target = {"target_params": 0.6} if options.quantize else {"target_flops": 0.5}
+    callbacks = [KnowledgeDistillation(alpha=0.3), StructuredPruning(**target, start_epoch=1, end_epoch=3)]
+    if options.quantize:
+        callbacks.append(LowRankFactorization(target_params=0.8, start_epoch=1.5, faster=False))
+        folder = str(options.folder / "artifact")
+        callbacks.append(QuantizationAwareTraining(start_epoch=2, output_dir=folder, rounds=1, batch_sizes=[1]))
     Trainer(
         accelerator="cpu",
         max_epochs=5,

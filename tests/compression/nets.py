@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_optcore.models import Classifier
+
 
 class Residual(nn.Module):
     """A block of a ResNeXt: 1x1, grouped 3x3, 1x1, and the way round them."""
@@ -93,6 +95,25 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.after(self.recurrent(self.before(x))[0][:, -1])))
+
+
+class Rows(nn.Module):
+    """A transformer over the rows of small images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(8, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(8 * 32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(images.squeeze(1))).flatten(1))
+
+
+class RowsClassifier(Classifier):
+    def __init__(self) -> None:
+        super().__init__(Rows(), lr=5e-3)
 
 
 IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))

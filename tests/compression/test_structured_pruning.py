@@ -172,6 +172,14 @@ def test_a_fit_that_ends_inside_the_first_epoch_is_pruned_too(make_trainer):
         assert callback.left["params"] <= 0.6
 
 
+@pytest.mark.parametrize("start_epoch", [0, 1])
+def test_no_layer_is_watched_after_the_fit(make_trainer, start_epoch):
+    model = MLP(width=32, depth=1)
+    callback = StructuredPruning(target_params=0.6, criterion="l2", start_epoch=start_epoch)
+    make_trainer(callback, max_epochs=2).fit(model, Digits())
+    assert [name for name, child in model.named_modules() if "forward" in child.__dict__] == []
+
+
 def test_taylor_and_callables_see_gradients(make_trainer):
     seen = []
 
@@ -234,6 +242,8 @@ def test_checkpoints_of_every_shape_load_everywhere(make_trainer, tmp_path):
             assert again == metrics
     assert sizes[0] == sizes[4] < sizes[3] < sizes[1]
     trainer.test(model, Digits(), ckpt_path="best", verbose=False)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    assert params(CNN.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)) == params(model)
 
 
 class TwoOptimizers(LightningModule):

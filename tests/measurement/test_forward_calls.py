@@ -3,8 +3,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_optcore.measurement.forward_calls import ForwardRecorder, counted_replacement
+from lightning_optcore.data import Digits
+from lightning_optcore.measurement.forward_calls import ForwardRecorder, counted_replacement, detached_copy
 from lightning_optcore.measurement.inputs import Inputs, joined
+from lightning_optcore.measurement.quality import validate
+from lightning_optcore.models import MLP
 
 
 class Net(nn.Module):
@@ -77,3 +80,35 @@ def test_uneven_batches_join_along_their_own_axes():
     merged = joined(batches)
     assert [tuple(t.shape) for t in merged.tensors()] == [(7, 7), (2, 7, 5), (1,)]
     assert [tuple(t.shape) for t in merged.samples(2, 6).tensors()] == [(4, 7), (2, 4, 5), (1,)]
+
+
+def test_recorders_end_in_any_order():
+    net, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.zeros(3, 2)
+    first, second, third = (ForwardRecorder(net, max_samples=99) for _ in range(3))
+    for recorder in (first, second, third):
+        recorder.attach()
+    for recorder in (second, first, third):
+        net(x)
+        recorder.detach()
+    net(x)
+    assert [recorder.samples for recorder in (first, second, third)] == [6, 3, 9]
+    assert all("forward" not in child.__dict__ for child in net.modules())
+
+
+def test_a_module_of_another_class_computes_as_that():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net, x = nn.Linear(2, 2), torch.ones(1, 2)
+    expected = 2 * net(x)
+    with ForwardRecorder(net):
+        net.__class__ = Doubled
+        assert torch.equal(net(x), expected)
+
+
+def test_a_copy_of_a_lightning_module_validates(make_trainer):
+    model, data = MLP(width=8, depth=1), Digits()
+    make_trainer().fit(model, data)
+    copied = detached_copy(model)
+    assert validate(copied, datamodule=data).metrics == validate(model, datamodule=data).metrics

@@ -91,3 +91,17 @@ def loader(samples: int = 64, pixels: int = 6, channels: int = 1, size: int = 8,
         [images[:, :, i : i + half, j : j + half].mean((1, 2, 3)) for i in (0, half) for j in (0, half)]
     )
     return DataLoader(TensorDataset(images, quarters.argmax(0)), size, shuffle=shuffle)
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class StopAfter(L.Callback):
+    """As if it were killed when an epoch has ended."""
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_optcore.nas._nni_compat import nni_nas
 from lightning_optcore.nas.space import ArchitectureError, architecture_space, factory_space
+from lightning_optcore.nas.supernet import find_supernet, supernet
 from lightning_optcore.search import Space
 
 
@@ -154,3 +155,26 @@ def test_networks_that_are_the_same_share_a_key():
     space = ArchitectureSpace(Space({"a": "choice(1,2)", "b": "choice(1,2)"}), canonical=lambda one: dict(sorted(
         zip(one, sorted(one.values()), strict=True))))  # fmt: skip
     assert space.key({"a": 2, "b": 1}) == space.key({"a": 1, "b": 2}) != space.key({"a": 1, "b": 1})
+
+
+def test_networks_within_others_and_supernets_too(model_space):
+    inner = architecture_space(model_space)
+    space = inner.within(lambda network: nn.Sequential(nn.Conv2d(3, 1, 1), network)).within(
+        lambda network: nn.Sequential(nn.ReLU(), network)
+    )
+    assert space.to_dict() == inner.to_dict()
+    network = space.build({"width": 4, "kernel": 0, "op": 1, "inputs": 2})
+    assert [type(part) for part in (network[0], network[1][0], network[1][1])] == [
+        nn.ReLU,
+        nn.Conv2d,
+        type(model_space),
+    ]
+    assert network(torch.randn(2, 3, 8, 8)).shape == (2, 2)
+    # What was put around the one space is not around the other.
+    assert type(inner.build({"width": 4, "kernel": 0, "op": 1, "inputs": 2})) is type(model_space)
+    assert space.model_space is model_space
+    made = [space.new_model_space() for _ in range(2)]
+    assert all(type(one) is type(model_space) and one is not model_space for one in made)
+    whole = space.complete(supernet(made[0]))
+    assert find_supernet(whole)[0] == "1.1"
+    assert factory_space(nn.Linear, {"in_features": [1], "out_features": [1]}).model_space is None

@@ -6,13 +6,15 @@ What cannot be is refused in a sentence that says why, and what serves.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from oneshot_spaces import Classifier, loader, nas
 
 from lightning_optcore.callbacks import DifferentiableSearch, SampledTraining
+from lightning_optcore.nas import LightningEvaluator, search
 from lightning_optcore.nas.supernet import (
     SupernetError,
     best_architecture,
@@ -90,3 +92,47 @@ def test_a_space_of_the_hub(make_trainer, name, kind):
             torch.testing.assert_close(output, network(images), rtol=1e-4, atol=1e-4)
     built = space.freeze(sample_of(network, architecture))
     assert {k: v.shape for k, v in alone.state_dict().items()} == {k: v.shape for k, v in built.state_dict().items()}
+
+
+class Images(LightningDataModule):
+    def __init__(self, pixels):
+        super().__init__()
+        self.pixels = pixels
+
+    def train_dataloader(self):
+        return loader(8, self.pixels, channels=3, size=4)
+
+    def val_dataloader(self):
+        return loader(4, self.pixels, channels=3, size=4, shuffle=False)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [*(("random_one_shot", name) for name in SPACES), ("darts", "DARTS"), ("proxyless", "NasBench201")],
+)
+def test_a_space_of_the_hub_is_searched_by_one_supernet(tmp_path, strategy, name):
+    options, pixels, refused = SPACES[name]
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    evaluate = LightningEvaluator(
+        getattr(nas.hub, name)(**options),
+        Classifier,
+        partial(Images, pixels),
+        trainer=partial(Trainer, **trainer, **quiet),
+        measure={"batch_sizes": (1,), "rounds": 1},
+    )
+
+    def run():
+        return search(
+            evaluate.space, evaluate, objectives=["val/loss", "params"], strategy=strategy, max_trials=2, show=False
+        )
+
+    if strategy == "random_one_shot" and ("sampled" in refused or name in NOTHING_INHERITED):
+        message = refused.get(
+            "sampled", f"strategy=random_one_shot: NNI builds a sub-network of {name} anew.*; one of darts,"
+        )
+        with pytest.raises(SupernetError, match=message):
+            run()
+        return
+    found = run()
+    assert [trial.failure for trial in found.history] == [None] * (2 if strategy == "random_one_shot" else 1)

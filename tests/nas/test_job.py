@@ -122,6 +122,84 @@ def test_ones_own_model_space_is_searched_in_processes(optcore, tmp_path):
     assert sorted(one.candidate.params["width"] for one in trials) == [8, 16]
 
 
+def test_proxies_are_asked_for_by_name(optcore, tmp_path):
+    done = optcore(
+        "nas", "nas/space=cnn_cell", "nas/strategy=adaptive_evolution", "nas.strategy.proxies=[synflow,naswot]",
+        "nas.strategy.pool_size=4", "nas.strategy.random_points=4", "+nas.strategy.initial_trials=3",
+        "nas.max_trials=4", "objective=[val/acc,params]", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no synflow" not in done.stderr + done.stdout and "no naswot" not in done.stderr + done.stdout
+    ((sweep, _),) = searches(tmp_path)
+    # The model of the accuracy, the parameters being counted, has a length scale for each choice, for how often each
+    # of the five operations stands and for each proxy; and three numbers more.
+    assert [len(logs) for logs in sweep.state["own"]["logs"]] == [6 + 5 + 2 + 3]
+
+
+def test_trials_begin_with_the_weights_of_a_parent(optcore, tmp_path):
+    done = optcore(
+        "nas", "nas.inherit=true", "nas.max_trials=3", "nas/strategy=grid", "nas.space.width='choice(16,32)'",
+        "objective=[val/acc,params]", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ((_, trials),) = searches(tmp_path)
+    with Store(tmp_path / "outputs" / "optcore.db") as store:
+        notes = [run.config["inherited"] for run in sorted(store.runs(), key=lambda run: run.id)]
+    assert notes[0] is None
+    assert [note["trial"] for note in notes[1:]] == [0, 1]
+    assert all(0 < note["share"] <= 1 for note in notes[1:])
+    assert len(list((tmp_path / "outputs").rglob("weights.pt"))) == len(trials) == 3
+
+
+CELLS = ("nas/space=cnn_cell", "nas.space.widths=[4,8]", "nas.space.num_stages=1", "nas.space.num_nodes=2")
+
+
+def test_a_front_of_one_supernet_is_ready_and_is_trained_on(optcore, tmp_path):
+    done = optcore(
+        "nas", *CELLS, "nas/strategy=once_for_all", "nas.strategy.num_random=0", "nas.max_trials=3",
+        "objective=[val/acc,params]", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "supernet.ckpt (trained in" in done.stdout
+    ((sweep, trials),) = searches(tmp_path)
+    assert (sweep.status, len(trials)) == ("done", 3)
+    point = next((tmp_path / "outputs").rglob("front/*.json"))
+    content = json.loads(point.read_text())
+    # Without any training it is what it was judged to be.
+    model = [
+        "model=architecture",
+        f"model.path={point}",
+        *(one.replace("nas/space", "nas/space@model.space") for one in CELLS[:1]),
+    ]
+    model += [one.replace("nas.space", "model.space") for one in CELLS[1:]]
+    ready = optcore("measure", *model, "data=digits", f"ckpt_path={point.with_suffix('.ckpt')}", "measure.rounds=2")
+    assert ready.returncode == 0, ready.stderr
+    # And what it is trained on from.
+    assert "model.weights=" in content["command"]
+    again = optcore(*shlex.split(content["command"])[1:])
+    assert again.returncode == 0, again.stderr
+    with Store(tmp_path / "outputs" / "optcore.db") as store:
+        *judged, measured, trained = sorted(store.runs(), key=lambda run: run.id)
+    assert [run.job for run in judged] == ["nas"] * 3
+    assert (measured.job, trained.job) == ("measure", "train")
+    assert {name: measured.objectives[name] for name in content["objectives"]} == content["objectives"]
+    assert trained.objectives["params"] == content["objectives"]["params"]
+
+
+def test_what_is_learned_trains_again_as_it_did(optcore, tmp_path):
+    done = optcore("nas", *CELLS, "nas/strategy=darts", "nas.strategy.cost=flops", "objective=[val/acc,params]", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "supernet.ckpt (trained in" in done.stdout
+    ((_, trials),) = searches(tmp_path)
+    assert len(trials) == 1
+    content = json.loads(next((tmp_path / "outputs").rglob("front/*.json")).read_text())
+    again = optcore(*shlex.split(content["command"])[1:])
+    assert again.returncode == 0, again.stderr
+    with Store(tmp_path / "outputs" / "optcore.db") as store:
+        trained = max(store.runs(), key=lambda run: run.id)
+    assert {name: trained.objectives[name] for name in content["objectives"]} == content["objectives"]
+
+
 def test_killed_it_continues_by_the_same_command(optcore, tmp_path):
     arguments = ("nas", "nas.max_trials=5", "nas/strategy=random", "objective=[val/acc]", *SMALL)
     command = [sys.executable, "-m", "lightning_optcore.cli", *arguments]
@@ -161,6 +239,18 @@ def known(folder):
         (["nas.constraints={params: 10}"], "constraints.params=10: met by none of 300 architectures, the smallest"),
         (["objective=[val/acc,speed]"], "objective 'speed' was never reported: expected one of flops, latency_ms"),
         (["nas.space._target_=no.such"], "nas.space._target_=no.such: no such class"),
+        (
+            ["nas/strategy=adaptive_evolution", "nas.strategy.proxies=[flow]"],
+            "proxies=['flow']: 'flow': expected names among gradient_norm, synflow, naswot",
+        ),
+        (["nas.inherit=true", "callbacks=structured_pruning"], "nas.inherit=True: StructuredPruning makes another"),
+        (["nas/strategy=once_for_all"], "strategy=once_for_all: a supernet holds the layers of a ModelSpace of NNI"),
+        (["nas/strategy=proxyless", "nas/space=cnn_cell"], "kind=proxyless: `stages.0` (MutableConv2d) chooses a size"),
+        (["nas/strategy=darts", "nas.strategy.cost=watts"], "cost='watts': expected flops, parameters, latency_ms"),
+        (
+            ["nas/strategy=once_for_all", "nas/space=cnn_cell", "callbacks=post_training_quantization"],
+            "callbacks: PostTrainingQuantization acts on a network that is trained",
+        ),
         (["nas.space.in_features=63"], "the first 5 trials all failed; the last one: RuntimeError: mat1 and mat2"),
     ],
 )

@@ -140,6 +140,20 @@ def test_what_is_over_a_limit_is_never_evaluated(strategy):
     assert {trial.architecture["a"] for trial in found.front} == {1, 2}
 
 
+def test_a_strategy_is_told_what_is_counted_beforehand():
+    told = []
+
+    def strategy(space, directions, *, seed, initial, known_costs=None):
+        told.append(known_costs)
+        return Random(space, directions, seed=seed, initial=initial)
+
+    quick(Estimated(), strategy=strategy)
+    quick(strategy=strategy)
+    quick(Estimated(), strategy=strategy, known_costs=len)
+    assert told[0]({"a": 3, "b": "x"}) == {1: 30}
+    assert told[1:] == [None, len]
+
+
 def test_a_function_says_what_is_exceeded():
     def wide(one):
         return {"width": (one["a"], 3)} if one["a"] > 3 else {}

@@ -1,426 +1,266 @@
-"""One-shot callbacks: who moves what, on which data, and that an interrupted search ends as an uninterrupted one."""
+"""Strategies that train one supernet first: what is trained, how often, and what is refused before."""
 
 from __future__ import annotations
 
-import lightning.pytorch as L
+import os
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
-from oneshot_spaces import Classifier, Layers, Widths, loader
-from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
-from torchmetrics.classification import MulticlassAccuracy
+from lightning.pytorch import Callback
+from one_shot_searches import cells, edges, evaluator, searched
 
-from lightning_optcore.callbacks import DifferentiableSearch, SampledTraining
-from lightning_optcore.nas import one_shot
-from lightning_optcore.nas.one_shot import expected_cost, expected_cost_of_table, split_training_loader
-from lightning_optcore.nas.supernet import (
-    SupernetError,
-    alphas,
-    best_architecture,
-    choose,
-    largest,
-    probabilities,
-    smallest,
-    sub_network,
-    supernet,
+from lightning_optcore.callbacks import (
+    DifferentiableSearch,
+    MagnitudePruning,
+    PostTrainingQuantization,
+    SampledTraining,
+    TrialPruning,
 )
+from lightning_optcore.nas import OneShot, factory_space, search
+from lightning_optcore.nas.inherited_evaluation import InheritedEvaluation
+from lightning_optcore.nas.latency_table import LatencyTable
+from lightning_optcore.nas.one_shot import one_shot_of
+from lightning_optcore.nas.strategies import ONE_SHOT
+from lightning_optcore.nas.supernet import SupernetError
+from lightning_optcore.nas.supernet_file import load_supernet
+from lightning_optcore.search import Evolutionary, Random, SearchError
+from lightning_optcore.store import Store
+from lightning_optcore.sweeps.journal import Journal
+from lightning_optcore.sweeps.task import TRIAL_VARIABLE
 
-SPACES = {"darts": Widths, "gumbel_darts": Widths, "proxyless": Layers}
-KINDS = list(SPACES)
-
-
-def searched(kind="darts", seed=0, space=None):
-    torch.manual_seed(seed)
-    return Classifier(supernet((space or SPACES[kind])(), kind))
-
-
-def weights_of(module):
-    return {n: p.detach().clone() for n, p in module.named_parameters() if "_arch_alpha" not in n}
-
-
-def alphas_of(module):
-    return {label: alpha.detach().clone() for label, alpha in alphas(module.network).items()}
+SAMPLED = ["random_one_shot", "once_for_all"]
+LEARNED = {"darts": cells, "gumbel_darts": cells, "proxyless": edges}
 
 
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+class Fits(Callback):
+    """Counts the trainings, and the steps of each."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_fit_end(self, trainer, pl_module):
+        supernet = any(hasattr(module, "supernet_kind") for module in pl_module.modules())
+        self.seen.append((supernet, trainer.global_step))
 
 
-class Watch(DifferentiableSearch):
-    """Looks at what changes in either step."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.alphas_moved, self.weights_moved = 0, 0
-        self.after_step = None
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if self.after_step is not None:
-            # What came between was the step of the weights.
-            assert equal(self.after_step[1], alphas_of(pl_module)), "alphas moved in the step of the weights"
-            self.weights_moved += not equal(self.after_step[0], weights_of(pl_module))
-        weights, arch = weights_of(pl_module), alphas_of(pl_module)
-        buffers = {name: buffer.clone() for name, buffer in pl_module.named_buffers()}
-        grads = {n: None if p.grad is None else p.grad.clone() for n, p in pl_module.named_parameters()}
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        assert equal(weights, weights_of(pl_module)), "weights moved in the step of the architecture"
-        assert equal(buffers, dict(pl_module.named_buffers())), "batch norm saw the architecture's batch"
-        for name, parameter in pl_module.named_parameters():
-            before = grads[name]
-            assert (parameter.grad is None) == (before is None) and (
-                before is None or torch.equal(parameter.grad, before)
-            )
-        self.alphas_moved += not equal(arch, alphas_of(pl_module))
-        self.after_step = (weights_of(pl_module), alphas_of(pl_module))
+@pytest.mark.parametrize("strategy", SAMPLED)
+def test_one_supernet_is_trained_and_its_sub_networks_are_judged(strategy, tmp_path):
+    fits = []
+    evaluate = evaluator(callbacks=lambda: [Fits(fits)])
+    found = searched(evaluate, strategy, store=tmp_path / "optcore.db")
+    # 20 batches; of once-for-all, four make a step.
+    assert fits == [(True, 5 if strategy == "once_for_all" else 20)]
+    assert [trial.failure for trial in found.history] == [None] * 4
+    for trial in found.history:
+        assert trial.objectives["params"] == evaluate.estimate(trial.architecture)["params"]
+        assert 0 <= trial.objectives["val/acc"] <= 1
+    trained = load_supernet(Path(found.directory) / "supernet.ckpt")
+    assert (trained.kind, trained.architecture) == ("sampled", None)
+    assert trained.seconds > 0
+    with Store(tmp_path / "optcore.db") as store:
+        assert [run.config["architecture"] for run in store.runs()][::-1] == [
+            trial.architecture for trial in found.history
+        ]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_step_moves_its_own_only(make_trainer, kind, accumulate):
-    watch = Watch(learning_rate=0.05)
-    trainer = make_trainer(watch, max_epochs=2, accumulate_grad_batches=accumulate, gradient_clip_val=0.1)
-    module = searched(kind)
-    trainer.fit(module, loader())
-    # Half of 64 samples: 4 batches of 8, in 2 epochs.
-    assert watch.alphas_moved == 8 // accumulate
-    assert watch.weights_moved >= 8 // accumulate - 1
-    assert trainer.global_step == 8 // accumulate
-    assert all(parameter.requires_grad for parameter in module.parameters())
-    assert set(watch.architecture) == set(module.network.supernet_choices)
+@pytest.mark.parametrize("strategy", LEARNED)
+def test_an_architecture_is_learned_and_trained_alone(strategy, tmp_path):
+    fits = []
+    evaluate = evaluator(LEARNED[strategy](), callbacks=lambda: [Fits(fits)])
+    found = searched(evaluate, strategy, store=tmp_path / "optcore.db")
+    # Half of the images train the weights of the supernet, all of them what was found.
+    assert fits == [(True, 10), (False, 20)]
+    (trial,) = found.history
+    assert trial.failure is None
+    assert trial.origin == "learned"
+    assert trial.architecture == load_supernet(Path(found.directory) / "supernet.ckpt").architecture
+    assert trial.objectives["params"] == evaluate.estimate(trial.architecture)["params"]
 
 
-def test_the_architecture_learns_what_is_better(make_trainer):
-    """Where skipping leaves noise that the head cannot read, and one operation removes it, that is found."""
-
-    class Noisy(nn.Module):
-        def forward(self, x):
-            return torch.randn_like(x) if self.training else x
-
-    from oneshot_spaces import nas
-
-    class Space(nas.nn.ModelSpace):
-        def __init__(self):
-            super().__init__()
-            self.pick = nas.nn.LayerChoice([Noisy(), nn.Identity(), Noisy()], label="pick")
-            self.head = nn.Linear(36, 4)
-
-        def forward(self, x):
-            return self.head(self.pick(x).flatten(1))
-
-    for kind in KINDS:
-        search = DifferentiableSearch(learning_rate=0.1)
-        make_trainer(search, max_epochs=15).fit(searched(kind, space=Space), loader(512, size=32))
-        assert search.architecture == {"pick": 1}, kind
+def test_sub_networks_know_what_their_supernet_was_trained_for():
+    widest = {"width": 8, "op_1": "conv3", "op_2": "conv3", "input_2": 1}
+    strategy = OneShot("once_for_all", max_epochs=10, num_random=0)
+    found = searched(evaluator(), strategy, max_trials=2, initial=[widest])
+    # One in ten by chance.
+    assert found.best("val/acc").objectives["val/acc"] > 0.3
 
 
-def test_warmup_leaves_the_architecture_alone(make_trainer):
-    module, watch = searched(), Watch(learning_rate=0.05, warmup_epochs=1)
-    make_trainer(watch, max_epochs=2).fit(module, loader())
-    assert watch.alphas_moved == 4
+def test_sub_networks_are_judged_in_processes(tmp_path):
+    found = searched(evaluator(), "random_one_shot", n_jobs=2, max_trials=2, store=tmp_path / "optcore.db")
+    alone = InheritedEvaluation(evaluator(), 10, Path(found.directory) / "supernet.ckpt")
+    for trial in found.history:
+        assert trial.objectives["val/acc"] == alone(trial.architecture)["val/acc"]
 
 
-def test_the_log_and_metrics_are_those_of_the_weights(make_trainer):
-    class Counting(Classifier):
-        def __init__(self, network):
-            super().__init__(network)
-            self.accuracy = MulticlassAccuracy(4)
-            self.seen = []
-
-        def training_step(self, batch, batch_idx):
-            self.accuracy(self.network(batch[0]), batch[1])
-            self.log("accuracy", self.accuracy, on_epoch=True, on_step=False)
-            return {"loss": super().training_step(batch, batch_idx)}
-
-        def on_train_epoch_end(self):
-            self.seen.append(int((self.accuracy.tp + self.accuracy.fn).sum()))
-
-    torch.manual_seed(0)
-    module = Counting(supernet(Layers(), "darts"))
-    make_trainer(DifferentiableSearch(), max_epochs=2).fit(module, loader())
-    assert module.seen == [32, 32]
+def test_what_is_over_a_limit_is_never_judged():
+    evaluate = evaluator()
+    judged = []
+    whole = evaluate.evaluated
+    evaluate.evaluated = lambda architecture, *rest: (judged.append(architecture), whole(architecture, *rest))[1]
+    found = searched(evaluate, "once_for_all", constraints={"params": 300}, max_trials=3)
+    assert len(judged) == 3
+    assert all(evaluate.estimate(one)["params"] <= 300 for one in judged)
+    assert any(trial.exceeds and not trial.evaluated for trial in found.history)
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_the_parts_of_the_training_set_share_no_sample(shuffle):
-    data = [(torch.tensor([float(i)]), i) for i in range(50)]
-    whole = DataLoader(data, batch_size=4, shuffle=shuffle, drop_last=True)
-    weights, architecture = split_training_loader(whole, 0.4, 0, lambda: 0, lambda: 0)
-    batches = iter(architecture)
-    of_weights = [int(i) for batch in weights for i in batch[1]]
-    of_architecture = [int(i) for _ in range(10) for i in next(batches)[1]]
-    assert len(weights) == 7
-    assert len(set(of_weights)) == 28
-    assert len(set(of_architecture)) == 20
-    assert not set(of_weights) & set(of_architecture)
-    assert (of_weights == sorted(of_weights)) is not shuffle
-
-
-def test_the_order_follows_from_the_seed_and_the_place():
-    data = [(torch.tensor([float(i)]), i) for i in range(40)]
-
-    def orders(seed, trained, stepped):
-        weights, architecture = split_training_loader(
-            DataLoader(data, batch_size=4, shuffle=True), 0.5, seed, lambda: trained, lambda: stepped
-        )
-        batches = iter(architecture)
-        return [b[1].tolist() for b in weights], [next(batches)[1].tolist() for _ in range(8)]
-
-    assert orders(0, 5, 0) == orders(0, 5, 0)
-    assert orders(0, 5, 0)[0] != orders(0, 10, 0)[0]
-    assert orders(0, 0, 0)[1] != orders(1, 0, 0)[1]
-    # The third batch of one that began anew is the first of one that goes on after two.
-    assert orders(0, 0, 0)[1][2:] == orders(0, 0, 2)[1][:6]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("with_validation", [True, False])
-def test_a_resumed_search_ends_as_an_uninterrupted_one(make_trainer, tmp_path, kind, with_validation):
-    validation = loader(16) if with_validation else None
-
-    def run(epochs, seed, ckpt_path=None):
-        module = searched(kind)
-        torch.manual_seed(seed)
-        keep = ModelCheckpoint(tmp_path / str(epochs), save_last=True)
-        callbacks = [DifferentiableSearch(learning_rate=0.05), StopAfter(epochs), keep]
-        trainer = make_trainer(*callbacks, max_epochs=4, enable_checkpointing=True)
-        trainer.fit(module, loader(), validation, ckpt_path=ckpt_path, weights_only=True)
-        return module, keep.last_model_path
-
-    whole, _ = run(4, 1)
-    _, checkpoint = run(2, 1)
-    resumed, _ = run(4, 99, checkpoint)
-    assert equal(weights_of(whole), weights_of(resumed))
-    assert equal(alphas_of(whole), alphas_of(resumed))
-    assert equal(dict(whole.named_buffers()), dict(resumed.named_buffers()))
-
-
-class StopAfter(L.Callback):
-    """As if it were killed when an epoch has ended."""
-
-    def __init__(self, epochs):
-        self.epochs = epochs
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
-
-
-def test_another_seed_is_another_search(make_trainer):
-    found = []
-    for seed in (0, 0, 1):
-        module = searched()
-        torch.manual_seed(0)
-        make_trainer(DifferentiableSearch(seed=seed), max_epochs=1).fit(module, loader())
-        found.append(alphas_of(module))
-    assert equal(found[0], found[1])
-    assert not equal(found[0], found[2])
-
-
-def test_the_temperature_falls(make_trainer):
-    seen = []
-
-    class Look(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            seen.append(next(m.tau for m in pl_module.modules() if hasattr(m, "tau")))
-
-    search = DifferentiableSearch(temperature=(2.0, 1.0))
-    make_trainer(search, Look(), max_epochs=2).fit(searched("gumbel_darts"), loader())
-    assert sorted(set(seen), reverse=True) == [2.0, 1.5]
-
-
-def test_the_cost_has_a_gradient_and_draws_the_search(make_trainer):
-    table = {"width": {"4": 1.0, "8": 10.0}}
-    found = {}
-    for weight in (0.0, 100.0):
-        module = searched()
-        search = DifferentiableSearch(learning_rate=0.05, cost=table, cost_weight=weight)
-        make_trainer(search, max_epochs=6).fit(module, loader())
-        found[weight] = float(probabilities(module.network)["width"][4])
-    assert found[100.0] > max(0.6, found[0.0])
-
-
-@pytest.mark.parametrize(("limits", "width"), [((None, 2.0), 4), ((9.0, None), 8)])
-def test_limits_of_the_cost(make_trainer, limits, width):
-    module = searched()
-    search = DifferentiableSearch(
-        learning_rate=0.1, cost={"width": {4: 1.0, 8: 10.0}}, cost_weight=100.0, cost_limits=limits
-    )
-    make_trainer(search, max_epochs=8).fit(module, loader())
-    assert search.architecture["width"] == width
-
-
-@pytest.mark.parametrize("space", [Layers, Widths])
-def test_the_expected_parameters_are_those_of_the_networks(space):
-    model_space = space()
-    network = supernet(model_space, "darts")
-    cost = expected_cost(model_space, torch.zeros(1, 1, 6, 6), "parameters")
-    for architecture in (largest(network), smallest(network)):
-        odds = {
-            label: {option: torch.tensor(float(option == architecture[label])) for option in options}
-            for label, options in probabilities(network).items()
-        }
-        alone = model_space.freeze(architecture)
-        assert float(cost(odds)) == sum(parameter.numel() for parameter in alone.parameters())
-    flops = expected_cost(model_space, torch.zeros(1, 1, 6, 6), "flops")(probabilities(network))
-    flops.backward()
-    assert all(alpha.grad is not None and alpha.grad.abs().sum() > 0 for alpha in alphas(network).values())
-
-
-def test_a_table_of_costs_that_does_not_fit():
-    odds = {"width": {8: torch.tensor(1.0)}}
-    with pytest.raises(SupernetError, match=r"cost\.depth: the supernet weighs width"):
-        expected_cost_of_table({"depth": {1: 1.0}}, odds)
-    with pytest.raises(SupernetError, match=r"cost\.width: has 16, but not 8"):
-        expected_cost_of_table({"width": {16: 1.0}}, odds)
+def test_any_searcher_searches_the_sub_networks():
+    strategy = OneShot("random_one_shot", searcher=partial(Evolutionary, population_size=4, elite_size=2))
+    found = searched(evaluator(limit_train_batches=2), strategy, max_trials=8)
+    assert {trial.origin for trial in found.history} - {"random", "initial"}
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("cost", "counted"), [("parameters", "params"), ("latency_ms", "latency_ms"), ({"width": {"4": 1, "8": 9}}, None)]
+)
+def test_a_cost_draws_what_is_learned(cost, counted):
+    strategy = OneShot("darts", cost=cost, cost_weight=1000.0, learning_rate=0.2)
+    evaluate = evaluator(latency=LatencyTable(rounds=2) if cost == "latency_ms" else None)
+    (trial,) = searched(evaluate, strategy).history
+    if counted is None:
+        assert trial.architecture["width"] == 4
+    else:
+        others = [evaluate.costs(one)[counted] for one in evaluate.space.choices.points()[::7]]
+        assert evaluate.costs(trial.architecture)[counted] <= sorted(others)[len(others) // 4]
+
+
+def test_points_to_try_first_are_trained_beside_what_is_learned():
+    first = {"width": 4, "op_1": "skip", "op_2": "skip", "input_2": 0}
+    found = searched(evaluator(limit_train_batches=2), "darts", initial=[first])
+    assert [trial.origin for trial in found.history] == ["initial", "learned"]
+    assert found.history[0].architecture == first
+
+
+def test_a_callback_that_prunes_acts_on_what_is_learned_alone():
+    seen = []
+
+    class Watched(MagnitudePruning):
+        def setup(self, trainer, pl_module, stage):
+            if stage == "fit":
+                seen.append(any(hasattr(module, "supernet_kind") for module in pl_module.modules()))
+            super().setup(trainer, pl_module, stage)
+
+    found = searched(evaluator(callbacks=lambda: [Watched()]), "darts")
+    assert found.history[0].failure is None
+    assert seen == [False]
+
+
+def test_the_supernet_s_training_is_no_trial(monkeypatch, tmp_path):
+    """Within a sweep over searches, the metric of a supernet is not compared with those of trials."""
+    monkeypatch.setenv(TRIAL_VARIABLE, f"1 0 {tmp_path / 'none.db'}")
+    evaluate = evaluator(callbacks=lambda: [TrialPruning(monitor="never logged")])
+    monkeypatch.setattr("lightning_optcore.nas.trial.named_trial", lambda *_: nullcontext())
+    monkeypatch.setattr(evaluate, "_record", lambda *_: None)
+    monkeypatch.setattr("lightning_optcore.nas.evaluator.trial_directory", lambda: None)
+    assert searched(evaluate, "random_one_shot", max_trials=1).history[0].failure is None
+    assert os.environ[TRIAL_VARIABLE].startswith("1 0")
+
+
+def test_a_supernet_that_diverges_ends_the_search_with_the_reason(tmp_path):
+    class Explodes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            with torch.no_grad():
+                pl_module.network.head.weight.fill_(float("nan"))
+
+    evaluate = evaluator(callbacks=lambda: [Explodes()])
+    with pytest.raises(SearchError, match="the supernet's training diverged: val/loss is nan"):
+        searched(evaluate, "once_for_all", store=tmp_path / "optcore.db")
+    with Store(tmp_path / "optcore.db") as store:
+        (sweep,) = Journal(store).sweeps()
+        assert sweep.status == "failed"
+        assert Journal(store).trials(sweep.id) == []
+
+
+def refused(error, message, evaluate, strategy, space=None, folder=None):
+    """Before anything is trained, or a search begun."""
+    store = folder / "optcore.db"
+    with pytest.raises(error, match=message):
+        search(space or evaluate.space, evaluate, objectives=["val/acc"], strategy=strategy, max_trials=2, store=store)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("strategy", ONE_SHOT)
+def test_what_has_no_supernet_is_refused_with_what_serves(strategy, tmp_path):
+    def function(architecture):
+        return {"val/acc": 1.0}
+
+    message = f"strategy={strategy}: .*expected a LightningEvaluator to evaluate with, got .*function"
+    refused(SearchError, message, function, strategy, cells(), tmp_path)
+    plain = factory_space(torch.nn.Linear, {"in_features": [1, 2], "out_features": [1]})
+    message = f"strategy={strategy}: .* a plain factory builds one network .*: random, grid, regularized_evolution"
+    refused(SearchError, message, evaluator(plain), strategy, folder=tmp_path)
+
+
+def test_what_a_kind_cannot_do_is_refused_before_anything_is_trained(tmp_path):
+    message = r"kind=proxyless: `stages\.0` \(MutableConv2d\) chooses a size \(width\)"
+    refused(SupernetError, message, evaluator(), "proxyless", folder=tmp_path)
+    message = r"cost\.depth: the supernet weighs .*width"
+    refused(SupernetError, message, evaluator(), OneShot("darts", cost={"depth": {1: 2}}), folder=tmp_path)
+
+
+@pytest.mark.parametrize("technique", [MagnitudePruning, PostTrainingQuantization])
+def test_callbacks_that_change_networks_cannot_act_on_inherited_weights(technique, tmp_path):
+    evaluate = evaluator(callbacks=lambda: [technique()])
+    message = f"callbacks: {technique.__name__} acts on a network that is trained"
+    refused(SearchError, message, evaluate, "once_for_all", folder=tmp_path)
+
+
+@pytest.mark.parametrize("technique", [SampledTraining, DifferentiableSearch])
+def test_a_strategy_brings_its_own_training(technique, tmp_path):
+    evaluate = evaluator(callbacks=lambda: [technique()])
+    refused(SearchError, f"leave out {technique.__name__}", evaluate, "darts", folder=tmp_path)
+
+
+def test_a_latency_that_nobody_predicts_is_no_cost():
+    with pytest.raises(SearchError, match=r"cost=latency_ms: the evaluator knows .*; give it latency=LatencyTable"):
+        searched(evaluator(), OneShot("darts", cost="latency_ms"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
     [
-        ({"learning_rate": 0}, "learning_rate=0: expected a positive"),
-        ({"weight_decay": -1}, "weight_decay=-1: expected 0 or more"),
-        ({"validation_fraction": 1}, "validation_fraction=1: expected 0 < fraction < 1"),
-        ({"warmup_epochs": -1}, "warmup_epochs=-1"),
-        ({"temperature": (1.0,)}, "temperature=.*two positive numbers"),
-        ({"cost_limits": (1, 2)}, "without cost"),
-        ({"cost": {"a": {}}, "cost_limits": (2, 1)}, r"cost_limits=\(2, 1\): expected the least and the greatest"),
-        ({"cost": {"a": {}}, "cost_limits": (None, None)}, "cost_limits"),
+        ({"kind": "enas"}, SearchError, "strategy='enas': expected one of random_one_shot, once_for_all"),
+        (
+            {"kind": "darts", "num_random": 3},
+            SearchError,
+            "num_random=3: strategy=darts has no use for it; it is of onc",
+        ),
+        ({"kind": "proxyless", "temperature": (2, 1)}, SearchError, "it is of gumbel_darts"),
+        ({"kind": "once_for_all", "cost": "flops"}, SearchError, "cost='flops': strategy=once_for_all has no use"),
+        ({"kind": "once_for_all", "max_epochs": 0}, SearchError, "max_epochs=0: expected a positive whole number"),
+        ({"kind": "once_for_all", "calibration_batches": 0}, SearchError, "calibration_batches=0: expected a positive"),
+        ({"kind": "once_for_all", "num_random": -1}, MisconfigurationException, "num_random=-1: expected 0 or more"),
+        ({"kind": "once_for_all", "searcher": "darts"}, SearchError, "searcher='darts': expected one of random, grid"),
+        ({"kind": "darts", "cost": "watts"}, SearchError, "cost='watts': expected flops, parameters, latency_ms, or"),
+        ({"kind": "darts", "cost": {"width": 3}}, SearchError, r"cost=\{'width': 3\}: expected"),
+        ({"kind": "darts", "learning_rate": 0}, MisconfigurationException, "learning_rate=0: expected a positive"),
+        ({"kind": "darts", "cost_limits": (1, 2)}, MisconfigurationException, "without cost"),
     ],
 )
-def test_options_of_the_search_that_cannot_be(options, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        DifferentiableSearch(**options)
+def test_options_that_cannot_be(options, error, message):
+    with pytest.raises(error, match=message):
+        OneShot(**options)
 
 
-def test_what_cannot_be_searched_is_refused_with_its_reason(make_trainer, monkeypatch):
-    def refused(module, message, callback=None, data=None, **options):
-        with pytest.raises(MisconfigurationException, match=message):
-            make_trainer(callback or DifferentiableSearch(), max_epochs=1, **options).fit(module, data or loader())
-
-    manual = searched()
-    manual.automatic_optimization = False
-    refused(manual, r"Classifier\.automatic_optimization=False: its training_step steps the weights itself")
-    refused(Classifier(nn.Linear(1, 1)), r"Classifier holds 0 supernets \(none\): expected one")
-    refused(Classifier(supernet(Layers())), "network is a supernet of kind=sampled: .*SampledTraining trains it")
-    refused(searched(), "network is a supernet of kind=darts: .*DifferentiableSearch trains it", SampledTraining())
-    monkeypatch.setattr(L.Trainer, "world_size", 2)
-    refused(searched(), r"trainer\.devices: 2 processes")
-    refused(Classifier(supernet(Layers())), r"trainer\.devices: 2 processes", SampledTraining())
+def test_a_strategy_is_named_made_or_given():
+    assert [one_shot_of(name).kind for name in ONE_SHOT] == list(ONE_SHOT)
+    assert one_shot_of(partial(OneShot, "darts", cost="flops")) == OneShot("darts", cost="flops")
+    assert one_shot_of(OneShot("darts")) == OneShot("darts")
+    assert [one_shot_of(one) for one in ("nsga2", Random, partial(Random), "nothing")] == [None] * 4
 
 
-def test_a_loss_scaler_is_refused(make_trainer):
-    class Scaled(one_shot.MixedPrecision):
-        def __init__(self):
-            super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+def test_another_strategy_is_another_search(tmp_path):
+    """A search that was interrupted is not continued by one with other options."""
 
-    with pytest.raises(MisconfigurationException, match="its loss scaler follows the gradients of the weights only"):
-        make_trainer(DifferentiableSearch(), max_epochs=1, plugins=[Scaled()]).fit(searched(), loader())
+    class Pressed(Callback):
+        def on_train_batch_start(self, *_):
+            raise KeyboardInterrupt
 
-
-def test_bfloat16_is_not(make_trainer):
-    search = DifferentiableSearch(learning_rate=0.05)
-    make_trainer(search, max_epochs=1, precision="bf16-mixed").fit(searched(), loader())
-    assert search.architecture
-
-
-def test_data_that_cannot_be_split_are_refused():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            return iter([1])
-
-    data = [(torch.zeros(1), 0)] * 16
-    for given, message in [
-        ([1, 2], "of type list cannot be split"),
-        (DataLoader(Stream()), r"\(Stream\) cannot be split"),
-        (DataLoader(data, sampler=WeightedRandomSampler([1.0] * 16, 16)), "WeightedRandomSampler cannot be split"),
-        (
-            DataLoader(data, batch_sampler=type("Own", (BatchSampler,), {})(SequentialSampler(data), 2, False)),
-            "batches made by batch_size and shuffle",
-        ),
-        (DataLoader(data, batch_size=12), r"validation_fraction=0\.5: 16 samples leave less than one batch of 12"),
-    ]:
-        with pytest.raises(MisconfigurationException, match=message):
-            split_training_loader(given, 0.5, 0, lambda: 0, lambda: 0)
-
-
-def test_nothing_is_found_before_the_training():
-    with pytest.raises(SupernetError, match="no architecture yet"):
-        _ = DifferentiableSearch().architecture
-
-
-def drawn(make_trainer, monkeypatch, epochs=2, **options):
-    seen = []
-    monkeypatch.setattr(one_shot, "choose", lambda net, arch: (seen.append(arch), choose(net, arch)))
-    torch.manual_seed(0)
-    module = Classifier(supernet(Widths()))
-    make_trainer(SampledTraining(**options), max_epochs=epochs).fit(module, loader())
-    return seen, module
-
-
-def test_sampled_training_draws_another_architecture_every_batch(make_trainer, monkeypatch):
-    seen, _ = drawn(make_trainer, monkeypatch)
-    assert len(seen) == 16
-    assert len({str(one) for one in seen}) > 4
-    assert drawn(make_trainer, monkeypatch)[0] == seen
-    assert drawn(make_trainer, monkeypatch, seed=1)[0] != seen
-
-
-def test_the_sandwich(make_trainer, monkeypatch):
-    seen, module = drawn(make_trainer, monkeypatch, rule="sandwich", num_random=1)
-    assert seen[0::3] == [largest(module.network)] * 6
-    assert seen[1::3] == [smallest(module.network)] * 5
-    assert len({str(one) for one in seen[2::3]}) > 1
-
-
-def test_sampled_training_trains_and_is_validated_with_the_largest(make_trainer):
-    torch.manual_seed(0)
-    module = Classifier(supernet(Widths()))
-    trainer = make_trainer(SampledTraining(rule="sandwich"), max_epochs=15, accumulate_grad_batches=4)
-    before = trainer.validate(module, loader(), verbose=False)[0]["val/loss"]
-    trainer.fit(module, loader())
-    after = trainer.validate(module, loader(), verbose=False)[0]["val/loss"]
-    assert after < before
-    # Smaller ones were trained as well.
-    choose(module.network.eval(), smallest(module.network))
-    images, labels = loader().dataset.tensors
-    assert nn.functional.cross_entropy(module.network(images), labels) < before
-
-
-@pytest.mark.parametrize(("kind", "callback"), [("sampled", SampledTraining), ("proxyless", DifferentiableSearch)])
-def test_a_supernet_can_be_tested_and_so_can_what_was_found(make_trainer, kind, callback):
-    class Tested(Classifier):
-        def test_step(self, batch, batch_idx):
-            self.log("loss", nn.functional.cross_entropy(self.network(batch[0]), batch[1]))
-
-    network = supernet(Layers(), kind)
-    architecture = largest(network) if kind == "sampled" else best_architecture(network)
-    trainer = make_trainer(callback())
-    whole, alone = (
-        trainer.test(Tested(one), loader(shuffle=False), verbose=False)[0]["loss"]
-        for one in (network, sub_network(network, architecture))
-    )
-    assert whole == pytest.approx(alone)
-
-
-def test_a_resumed_sampled_training_ends_as_an_uninterrupted_one(make_trainer, tmp_path):
-    def run(stop, seed, ckpt_path=None):
-        torch.manual_seed(0)
-        module = Classifier(supernet(Widths()))
-        torch.manual_seed(seed)
-        keep = ModelCheckpoint(tmp_path / f"{stop} {seed}", save_last=True)
-        callbacks = [SampledTraining(), StopAfter(stop), keep]
-        trainer = make_trainer(*callbacks, max_epochs=4, enable_checkpointing=True)
-        trainer.fit(module, loader(), ckpt_path=ckpt_path, weights_only=True)
-        return module, keep.last_model_path
-
-    whole, _ = run(4, 1)
-    _, checkpoint = run(2, 1)
-    resumed, _ = run(4, 99, checkpoint)
-    assert equal(whole.state_dict(), resumed.state_dict())
-
-
-@pytest.mark.parametrize(("options", "message"), [({"rule": "all"}, "rule='all'"), ({"num_random": -1}, "num_random")])
-def test_options_of_sampled_training_that_cannot_be(options, message):
-    with pytest.raises(MisconfigurationException, match=message):
-        SampledTraining(**options)
+    store = tmp_path / "optcore.db"
+    for strategy in ("once_for_all", OneShot("once_for_all", num_random=1), "random_one_shot"):
+        with pytest.raises(KeyboardInterrupt):
+            searched(evaluator(callbacks=lambda: [Pressed()]), strategy, store=store)
+    assert searched(evaluator(limit_train_batches=4), OneShot("once_for_all"), store=store).sweep_id == 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import shlex
@@ -13,93 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from made_sweeps import figures, written
 from omegaconf import OmegaConf
 from test_html import EVIL, dom_after_loading
 
 from lightning_optcore import Store
-from lightning_optcore import store_schema as tables
 from lightning_optcore.jobs import report
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.sweep_reporting import sweep_line, sweep_page
 from lightning_optcore.report.sweep_html import write_sweep_report
-from lightning_optcore.search import Random, Space
-from lightning_optcore.search.grammar import override_text
-from lightning_optcore.store import now
 from lightning_optcore.sweeps.journal import Journal
 
 APP = Path(__file__).parents[1] / "sweeps" / "sweep_app.py"
-SPACE = {"width": "choice(8,16,32)", "lr": "tag(log, interval(1e-4, 1e-1))", "act": "choice(relu,gelu)"}
-NAMES = ("val/acc", "size_bytes", "latency_ms")
-DIRECTIONS = ("maximize", "minimize", "minimize")
-
-
-def worth(params, count):
-    loss = abs(math.log10(params.get("lr", 1e-3)) + 3)
-    return [-loss + params.get("width", 8) / 32, params.get("width", 8) ** 2.0, loss + params.get("width", 8)][:count]
-
-
-def ended(candidate, objectives):
-    """Return what the journal has of a trial: some failed, were pruned, or were answered from the store."""
-    if candidate.id == 5:
-        return {"status": "failed", "failure": "ValueError: <i>no</i> room\nTraceback"}
-    if candidate.id == 6:
-        return {"status": "pruned", "failure": "pruned after epoch 2: val/acc was low"}
-    source = "trial 1 of sweep 9" if candidate.id == 7 else None
-    return {"status": "done", "objectives": json.dumps(worth(candidate.params, objectives)), "cached_from": source}
-
-
-@pytest.fixture
-def store(tmp_path):
-    with Store(tmp_path / "outputs" / "optcore.db") as opened:
-        yield opened
-
-
-@pytest.fixture
-def journal(store):
-    return Journal(store)
-
-
-@pytest.fixture
-def make_sweep(store, journal, tmp_path):
-    """Write a sweep as the sweeper would, but for the jobs."""
-
-    def make(objectives=2, trials=24, space=SPACE, names=NAMES, end="done", program="optcore train", **options):
-        folder = tmp_path / "outputs" / "sweep"
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"objective": list(names[:objectives]), "hydra": {"help": {"app_name": program}}}
-        OmegaConf.save(OmegaConf.create(config), folder / "multirun.yaml")
-        searcher = Random(Space(space, **options), DIRECTIONS[:objectives], seed=0)
-        command = json.dumps(["train", "train", [f"{name}={text}" for name, text in space.items()]])
-        sweep = journal.begin(command, str(folder), searcher.space.to_dict(), searcher.directions)
-        candidates = searcher.ask(trials) if trials else []
-        if candidates:
-            asked = [(one, [override_text(*pair) for pair in one.params.items()]) for one in candidates]
-            journal.add_batch(sweep, 1, 0, asked, searcher.state_dict(trials=False))
-        with store.writing() as connection:
-            for one in candidates:
-                values = ended(one, objectives)
-                if end is None and one.id == 8:
-                    values = {"status": "running"}
-                values |= {"directory": str(folder / str(one.id)), "started_at": now(), "finished_at": now()}
-                where = (tables.trials.c.sweep_id == sweep, tables.trials.c.number == one.id)
-                connection.execute(sa.update(tables.trials).where(*where).values(values))
-        if end is not None:
-            journal.finish(sweep, end)
-        return sweep
-
-    return make
-
-
-def figures(text):
-    """Return the traces of every figure of a page."""
-    decode = json.JSONDecoder().raw_decode
-    return [decode(text, match.end())[0] for match in re.finditer(r'Plotly\.newPlot\(\s*"[^"]+",\s*', text)]
-
-
-def written(journal, sweep, tmp_path):
-    return write_sweep_report(sweep_page(journal, sweep), tmp_path / "page.html").read_text()
 
 
 def run_app(folder, *overrides, path=""):
