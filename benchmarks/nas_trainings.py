@@ -304,7 +304,6 @@ def ours(seed: int, seconds: float) -> list[Any]:
 
 def of_nni(seed: int, seconds: float) -> list[Any]:
     """Return the trials of NNI's RegularizedEvolution, which runs in this process, without its server."""
-    end = time.process_time() + seconds
     lib = nni_nas()
     from nni.nas.evaluator import FunctionalEvaluator
     from nni.nas.execution import ExecutionEngine
@@ -314,6 +313,7 @@ def of_nni(seed: int, seconds: float) -> list[Any]:
     where, trials = networks(), []
     known, accuracy = Known(where, latency_table()), trial_accuracy(where, seed)
     values: dict[str, float] = {}
+    end = time.process_time() + seconds
 
     class Choices(lib.nn.ModelSpace):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -385,7 +385,7 @@ def front_of(trials: Sequence[Any]) -> list[Any]:
     return sorted(front, key=lambda trial: -trial[1])
 
 
-def within(front: Sequence[Any], costs: Costs) -> list[Any]:
+def within(front: Sequence[Any], costs: Sequence[float]) -> list[Any]:
     """Return the points that are predicted to cost at most so much."""
     return [one for one in front if all(mine <= limit for mine, limit in zip(one[2], costs, strict=True))]
 
@@ -405,13 +405,7 @@ def compared(seed: int, seconds: float, recipe: tuple[int, int, int], results: R
     for name, search in (("ours", ours), ("NNI", of_nni)):
         searches[name] = results.get(f"seed {seed}: search {name}", partial(search, seed, seconds))
         print(f"seed {seed}: {name}: {len(searches[name])} networks, volume {volume(searches[name]):.3f}", flush=True)
-    best = max(searches["NNI"], key=lambda trial: scalarised(trial[1], trial[2]))
-    front = front_of(searches["ours"])
-    half = [cost - math.log10(2) for cost in costs_of_cnn()]
-    competing = {"CNN": within(front, half)[:FINALISTS], "NNI": within(front, best[2])[:FINALISTS]}
-
-    nets: dict[str, Architecture | None] = {"CNN": None, "NNI": best[0]}
-    nets |= {f"{rival} {i}": one[0] for rival, points in competing.items() for i, one in enumerate(points)}
+    nets = results.get(f"seed {seed}: competing", partial(competing, searches))
     figures = results.get(f"seed {seed}: costs", partial(measured, nets))
     for name, one in nets.items():
         runs = [results.get(f"{json.dumps(one)} {run}", partial(trained, one, run, recipe)) for run in TRAINING_SEEDS]
@@ -419,11 +413,22 @@ def compared(seed: int, seconds: float, recipe: tuple[int, int, int], results: R
         print(f"seed {seed}: {name}: {described(figures[name])}", flush=True)
     outcome: dict[str, Any] = {"volume": {name: volume(trials) for name, trials in searches.items()}}
     outcome["trained"] = {name: len(trials) for name, trials in searches.items()}
-    for rival, points in competing.items():
-        against = [figures[f"{rival} {i}"] for i in range(len(points))]
+    for rival in ("CNN", "NNI"):
+        against = [figures[name] for name in nets if name.startswith(f"{rival} ")]
         ours_ = max(against, key=lambda one: one["validation"], default=None)
         outcome[rival] = {"theirs": figures[rival], "ours": ours_}
     return outcome
+
+
+def competing(searches: Mapping[str, Sequence[Any]]) -> dict[str, Architecture | None]:
+    """Return what competes: both rivals by name, and what of our front does against each, with a number."""
+    best = max(searches["NNI"], key=lambda trial: scalarised(trial[1], trial[2]))
+    front = front_of(searches["ours"])
+    half = [cost - math.log10(2) for cost in costs_of_cnn()]
+    nets: dict[str, Architecture | None] = {"CNN": None, "NNI": best[0]}
+    for rival, limits in (("CNN", half), ("NNI", best[2])):
+        nets |= {f"{rival} {i}": one[0] for i, one in enumerate(within(front, limits)[:FINALISTS])}
+    return nets
 
 
 def costs_of_cnn() -> Costs:
