@@ -94,6 +94,7 @@ def run(config: DictConfig) -> None:
         objectives=objective,
         strategy=one_shot or strategy,
         max_trials=config.nas.max_trials,
+        max_seconds=config.nas.max_seconds,
         constraints=_plain(config.nas.constraints),
         seed=config.seed or 0,
         store=config.store.path,

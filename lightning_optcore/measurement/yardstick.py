@@ -82,12 +82,13 @@ def measure(
     )["model"]
 
 
-def static_costs(model: nn.Module, example_inputs: Any) -> dict[str, float]:
+def static_costs(model: nn.Module, example_inputs: Any, *, count_flops: bool = True) -> dict[str, float]:
     """Return what of the yardstick is known before a model is trained: params, bytes, FLOPs of one sample.
 
     Args:
         model: A plain module.
         example_inputs: As in :func:`measure`.
+        count_flops: Whether FLOPs are counted, for which the model runs once.
 
     Raises:
         ValueError: If ``forward`` does not accept the inputs.
@@ -97,8 +98,10 @@ def static_costs(model: nn.Module, example_inputs: Any) -> dict[str, float]:
         >>> costs["params"], costs["flops"]
         (10.0, 16.0)
     """
-    with _evaluating(model):
-        flops = _flops(model, Inputs.of(example_inputs).resized(1))
+    flops = None
+    if count_flops:
+        with _evaluating(model):
+            flops = _flops(model, Inputs.of(example_inputs).resized(1))
     known = {"params": _num_parameters(model), "size_bytes": _size_bytes(model), "flops": flops}
     return {name: float(value) for name, value in known.items() if value is not None}
 

@@ -2,10 +2,11 @@
 
 Operations, bytes and parameters of a network are exact before it is trained, and its latency follows from a table; only
 its quality is learned, by the Gaussian process of :mod:`~lightning_optcore.search.surrogate`. Who is trained is chosen
-by the gain in hypervolume of the optimistic quality at the exact cost, over the front as the model smooths it; every
-fifth is the one of the greatest optimistic quality.
+by the gain in hypervolume of the optimistic quality at the exact cost, over the front as the model smooths it, for the
+effort of its training where that is known; every fifth is the one of the greatest optimistic quality.
 
-How often a value stands in an architecture is a feature (White et al., "A Study on Encodings for Neural Architecture
+What a network costs hints at its quality, and is a feature of the model. How often a value stands in an architecture is
+one (White et al., "A Study on Encodings for Neural Architecture
 Search", NeurIPS 2020), and so are zero-cost proxies (White et al., "How Powerful are Performance Predictors in Neural
 Architecture Search?", NeurIPS 2021).
 
@@ -22,18 +23,26 @@ from typing import Any
 import numpy as np
 
 from lightning_optcore.search.evolutionary import Evolutionary
+from lightning_optcore.search.pareto import non_dominated
 from lightning_optcore.search.searcher import Candidate, Direction, SearchError
 from lightning_optcore.search.space import Choice, Params, Space, key_of
-from lightning_optcore.search.surrogate import Surrogate, most_promising
+from lightning_optcore.search.surrogate import Surrogate, most_promising, promise
 
 KnownCosts = Callable[[Params], Mapping[int, float] | None]
 Proxies = Callable[[Params], Sequence[float]]
+Effort = Callable[[Params], float]
 KnownProxies = Mapping[str, Callable[[Params], float]]
 
 # Of so many random points for each one that is needed, the first trials are those that differ most.
 _SPREAD = 20
 # One in so many candidates is the one of the best quality, whatever it costs: the end of the front adds little volume.
 _END_OF_FRONT = 5
+# How the costs of what is not counted are expected: steps of the fit. One in so many places is for the best quality.
+_COST_STEPS, _QUALITY_SHARE = 10, 6
+# One in so many random points is cheap enough to be among the first trials.
+_CHEAP = 3
+# Where hypervolume ends, of costs that are scaled to 0..1.
+_REFERENCE = 1.1
 
 
 class AdaptiveEvolution(Evolutionary):
@@ -50,6 +59,11 @@ class AdaptiveEvolution(Evolutionary):
         proxies: Returns, of a point, figures that hint at its quality, always as many: features of the model, by rank.
             Or names of ``known_proxies``.
         known_proxies: Functions of a point by name; ``search`` has those of its evaluation.
+        effort: Returns, of a point, what its training costs, in any unit above 0: the gain is divided by it.
+        worst: Of every objective the value that is worth nothing, e.g. what the network costs that is to be replaced;
+            ``None`` where that follows from the trials. What is known to cost more is not tried.
+        counted: At most so many children have their costs computed for a candidate, those that promise most at the
+            costs that are expected of them; ``None`` for all. For networks that take long to build.
         pool_size: How many children are screened at a time.
         random_points: How many random points are screened with them.
         exploration: How many standard deviations better than its mean a quality is taken to be.
@@ -82,6 +96,9 @@ class AdaptiveEvolution(Evolutionary):
         known_costs: KnownCosts | None = None,
         proxies: Proxies | Sequence[str] | None = None,
         known_proxies: KnownProxies | None = None,
+        effort: Effort | None = None,
+        worst: Sequence[float | None] | None = None,
+        counted: int | None = None,
         pool_size: int = 200,
         random_points: int = 200,
         exploration: float = 1.0,
@@ -94,8 +111,17 @@ class AdaptiveEvolution(Evolutionary):
             raise SearchError("surrogate=False: AdaptiveEvolution without its model is Evolutionary; use that")
         if random_points < 0:
             raise SearchError(f"random_points={random_points}: expected 0 or more")
+        if counted is not None and counted < 1:
+            raise SearchError(f"counted={counted}: expected at least 1, or None for all")
+        if worst is not None and len(worst) != len(directions):
+            raise SearchError(f"worst={list(worst)}: expected a value or None for each of {len(directions)} objectives")
         self.known_costs = known_costs
         self.proxies = _computed(proxies, known_proxies or {})
+        self.effort = effort
+        self.counted = counted
+        self.worst = (
+            None if worst is None else self._signs * np.array([np.nan if one is None else one for one in worst])
+        )
         self.random_points = random_points
         self._known_by_key: dict[str, dict[int, float]] = {}
         self._proxies_by_key: dict[str, list[float]] = {}
@@ -115,13 +141,23 @@ class AdaptiveEvolution(Evolutionary):
     def _new_point(self) -> Params | None:
         """Return, of some random points, the one that is least like all that were asked for."""
         drawn = [Evolutionary._new_point(self) for _ in range(_SPREAD)]
-        points = [point for point in drawn if point is not None]
+        points = self._affordable([point for point in drawn if point is not None])
         asked = [*(one.params for one in self.trials), *(one.params for one in self.pending), *self._drawn]
         if points and asked:
             unlike = np.abs(self._features(points)[:, None] - self._features(asked)).sum(2).min(1)
             points = [points[int(np.argmax(unlike))]]
         self._drawn += points[:1]
         return points[0] if points else None
+
+    def _affordable(self, points: list[Params]) -> list[Params]:
+        """Return the points that cost less than what is worth nothing, and of these those of the least effort."""
+        if self.worst is not None:
+            known = [self._known(params).items() for params in points]
+            worth = [all(not value >= self.worst[j] for j, value in costs) for costs in known]
+            points = [params for params, is_worth in zip(points, worth, strict=True) if is_worth] or points
+        if self.effort is not None:
+            points = sorted(points, key=self.effort)[: -(-len(points) // _CHEAP)]
+        return points
 
     def _children(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         children, operators = super()._children(count)
@@ -130,16 +166,72 @@ class AdaptiveEvolution(Evolutionary):
 
     def _screened(self, children: np.ndarray, count: int) -> list[int]:
         """Return the children that would add most hypervolume, the best first."""
+        if sum(trial.objectives is not None and not trial.violation for trial in self.trials) < 2:
+            return list(range(min(count, len(children))))
+        waiting = [candidate.params for candidate in self.pending]
+        listed = [self.space.decode(genome) for genome in children]
+        rows = self._counted_rows(waiting, listed, count)
+        listed = [listed[i] for i in rows]
+        reached, mean, deviation, learned = self._judged(waiting, listed)
+        bounds = mean - self.exploration * deviation
+        efforts = np.ones(len(listed)) if self.effort is None else np.array([self.effort(one) for one in listed])
+        chosen = most_promising(bounds, reached, count, efforts)
+        if learned and self._next_id % _END_OF_FRONT == 0:
+            quality = learned[self._next_id // _END_OF_FRONT % len(learned)]
+            best = self._of_best_quality(bounds, quality, np.delete(bounds, learned, axis=1), reached, efforts)
+            chosen = [best, *(i for i in chosen if i != best)][:count]
+        return [int(rows[i]) for i in chosen]
+
+    @staticmethod
+    def _of_best_quality(
+        bounds: np.ndarray, quality: int, known: np.ndarray, reached: np.ndarray, efforts: np.ndarray
+    ) -> int:
+        """Return the one that would be better than the best by most, for its effort, if it costs what it may."""
+        better = reached[:, quality].min() - bounds[:, quality]
+        worth = np.where(better > 0, better / efforts, better)
+        return int(np.argmax(np.where(known.max(1, initial=0.0) <= _REFERENCE, worth, worth - 1e9)))
+
+    def _counted_rows(self, waiting: Sequence[Params], listed: Sequence[Params], count: int) -> np.ndarray:
+        """Return which children are looked at closely: those that promise most at the costs that are expected."""
+        everyone = np.arange(len(listed))
+        if self.counted is None or len(listed) <= max(self.counted, count):
+            return everyone
+        # Only what any continued search knows as well: the costs of what was asked for.
+        told = [params for params in (*(trial.params for trial in self.trials), *waiting) if self._known(params)]
+        if not told:
+            return everyone
+        costs = np.array([[one for _, one in sorted(self._known(params).items())] for params in told])
+        efforts = np.array([1.0 if self.effort is None else self.effort(params) for params in told])
+        logs = (costs > 0).all(0)
+        targets = np.column_stack([np.where(logs, np.log(np.where(logs, costs, 1.0)), costs), np.log(efforts)])
+        features = self._features([*told, *listed])
+        model = Surrogate(self._groups_of_features()).fit(features[: len(told)], targets, steps=_COST_STEPS)
+        expected = model.predict(features[len(told) :])[0]
+        expected[:, :-1] = np.where(logs, np.exp(np.where(logs, expected[:, :-1], 0.0)), expected[:, :-1])
+        reached, mean, deviation, learned = self._judged(waiting, listed, expected[:, :-1])
+        bounds = mean - self.exploration * deviation
+        worth = promise(bounds, reached[non_dominated(reached)], np.exp(expected[:, -1]))
+        if learned:
+            quality = np.argsort(bounds[:, learned[0]])[: self.counted // _QUALITY_SHARE]
+            worth[quality] = np.inf
+        return np.sort(np.argsort(-worth, kind="stable")[: max(self.counted, count)])
+
+    def _judged(
+        self, waiting: Sequence[Params], listed: Sequence[Params], expected: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+        """Return what the trials and those that wait reached, and mean and deviation of others.
+
+        All are costs from 0 to what is worth nothing, 1.1. The fourth are the objectives that were learned. The known
+        costs of the others are counted, if they are not said.
+        """
         good = [trial for trial in self.trials if trial.objectives is not None and not trial.violation]
         bad = [trial.params for trial in self.trials if trial.objectives is None or trial.violation]
-        if len(good) < 2:
-            return list(range(min(count, len(children))))
-        tried = [trial.params for trial in good]
-        waiting = [candidate.params for candidate in self.pending]
-        points = [*tried, *waiting, *bad, *(self.space.decode(genome) for genome in children)]
+        points = [*(trial.params for trial in good), *waiting, *bad, *listed]
         costs = np.array([self.costs_of(trial) for trial in good])
-        known = sorted(next((one for params in tried if (one := self._known(params))), {}))
-        exact = np.array([[self._known(params).get(j, np.nan) for j in known] for params in points])
+        known = sorted(next((one for trial in good if (one := self._known(trial.params))), {}))
+        counted = points if expected is None else points[: -len(listed)]
+        exact = np.array([[self._known(params).get(j, np.nan) for j in known] for params in counted])
+        exact = exact if expected is None else np.vstack([exact, expected])
         exact = np.where(np.isnan(exact), np.nanmax(exact, axis=0, initial=-np.inf), exact)
         low, high = _scale(costs)
         if known:
@@ -152,22 +244,21 @@ class AdaptiveEvolution(Evolutionary):
             # What failed is as bad as the worst that counts.
             units = np.clip((costs - low) / (high - low), 0.0, 1.0)[:, learned]
             units = np.vstack([units, np.ones((len(bad), len(learned)))])
-            features, groups = self._features(points, proxies=True), self._feature_groups
+            features = np.hstack([self._features(points, proxies=True), _spread(exact)])
+            groups = self._groups_of_features(proxies=True, costs=len(known))
             first_bad = len(good) + len(waiting)
             rows = np.r_[: len(good), first_bad : first_bad + len(bad)]
             model = Surrogate(groups).fit(features[rows], units, self._logs)
             self._logs = model.logs
             mean[:, learned], deviation[:, learned] = model.predict(features)
+        if self.worst is not None:
+            # The model's own scale is another one: it learns from what is worth nothing, too.
+            limit = np.where(np.isnan(self.worst), high, self.worst)
+            stretch = _REFERENCE * (high - low) / np.maximum(limit - low, 1e-12)
+            mean, deviation = mean * stretch, deviation * stretch
         # The front as the model smooths it, so that a lucky training does not hide its neighbours; whoever is being
         # trained is taken to reach its mean.
-        reached = mean[: len(good) + len(waiting)]
-        bounds = (mean - self.exploration * deviation)[-len(children) :]
-        chosen = most_promising(bounds, reached, count)
-        if learned and self._next_id % _END_OF_FRONT == 0:
-            quality = learned[self._next_id // _END_OF_FRONT % len(learned)]
-            best = int(np.argmin(bounds[:, quality]))
-            chosen = [best, *(i for i in chosen if i != best)][:count]
-        return chosen
+        return mean[: len(good) + len(waiting)], mean[-len(listed) :], deviation[-len(listed) :], learned
 
     def _known(self, params: Params) -> dict[int, float]:
         """Return the costs of a point that need no training; less is better."""
@@ -199,11 +290,12 @@ class AdaptiveEvolution(Evolutionary):
             blocks.append(_shares_of_ranks(np.array([self._proxies(params) for params in points])))
         return np.hstack(blocks)
 
-    @property
-    def _feature_groups(self) -> list[int]:
-        proxies = len(next(iter(self._proxies_by_key.values()), ()))
+    def _groups_of_features(self, *, proxies: bool = False, costs: int = 0) -> list[int]:
+        more = len(self._counted) + costs
+        if proxies:
+            more += len(next(iter(self._proxies_by_key.values()), ()))
         first = self._groups[-1] + 1
-        return [*self._groups, *range(first, first + len(self._counted) + proxies)]
+        return [*self._groups, *range(first, first + more)]
 
     def _proxies(self, params: Params) -> list[float]:
         assert self.proxies is not None
@@ -250,6 +342,12 @@ def _scale(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, middle = costs.min(0), np.median(costs, 0)
     high = np.minimum(costs.max(0), middle + np.maximum(middle - low, 1e-12))
     return low, np.maximum(high, low + 1e-12)
+
+
+def _spread(costs: np.ndarray) -> np.ndarray:
+    """Return known costs within 0..1 as features of the model, by their logarithms where these exist."""
+    logs = np.where((costs > 0).all(0), np.log(np.maximum(costs, 1e-300)), costs)
+    return (logs - logs.min(0)) / np.maximum(np.ptp(logs, axis=0), 1e-12)
 
 
 def _shares_of_ranks(figures: np.ndarray) -> np.ndarray:

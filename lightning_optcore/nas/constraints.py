@@ -35,9 +35,11 @@ class Constraints:
         build: Returns the network of an architecture.
         example_inputs: What the network's ``forward`` takes.
         latency: Predicts the milliseconds of a network; needed by ``latency_ms``.
+        count_flops: Whether FLOPs are counted, which takes half of the time.
 
     Raises:
-        SearchError: If a limit is unknown or not positive, or ``latency_ms`` has nothing that predicts it.
+        SearchError: If a limit is unknown or not positive, or there is nothing that predicts ``latency_ms`` or counts
+            ``flops``.
 
     Example:
         >>> def build(architecture):
@@ -50,7 +52,13 @@ class Constraints:
     """
 
     def __init__(
-        self, limits: Mapping[str, float], build: Build, example_inputs: Any, latency: PredictLatency | None = None
+        self,
+        limits: Mapping[str, float],
+        build: Build,
+        example_inputs: Any,
+        latency: PredictLatency | None = None,
+        *,
+        count_flops: bool = True,
     ) -> None:
         for name, limit in limits.items():
             if name not in LIMITED:
@@ -60,10 +68,13 @@ class Constraints:
                 raise SearchError(f"constraints.{name}={limit!r}: expected a number above 0")
         if "latency_ms" in limits and latency is None:
             raise SearchError("constraints.latency_ms: nothing predicts it; give latency, e.g. LatencyTable().predict")
+        if "flops" in limits and not count_flops:
+            raise SearchError("constraints.flops: nothing counts them; expected count_flops=True")
         self.limits = {name: float(limit) for name, limit in limits.items()}
         self._build = build
         self._example_inputs = example_inputs
         self._latency = latency
+        self._count_flops = count_flops
         self._costs: dict[str, dict[str, float]] = {}
         self._smallest: dict[str, tuple[float, Params]] = {}
         self._met = False
@@ -92,7 +103,7 @@ class Constraints:
             # Weights of no meaning are drawn here, which a training must not notice.
             with torch.random.fork_rng(devices=[]):
                 network = self._build(dict(architecture))
-            self._costs[key] = static_costs(network, self._example_inputs)
+            self._costs[key] = static_costs(network, self._example_inputs, count_flops=self._count_flops)
             if self._latency is not None:
                 self._costs[key]["latency_ms"] = float(self._latency(network, self._example_inputs))
         return dict(self._costs[key])

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,15 +198,14 @@ def parts_of(network: nn.Module, inputs: Inputs) -> Parts:
     """
     parts = Parts()
     # Of every module that is running, what it called so far: functions, and how many modules.
-    running: list[tuple[list[tuple[str, Call]], list[int]]] = []
+    running: list[tuple[list[tuple[Any, Any, Any]], list[int]]] = []
 
     class Functions(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            key = json.dumps({"function": resolve_name(func) or repr(func), "inputs": _described([args, kwargs])})
             result = func(*args, **kwargs)
             if running and any(True for _ in tensors_in(result)):
-                running[-1][0].append((key, lambda: func(*args, **kwargs)))
+                running[-1][0].append((func, args, kwargs))
             return result
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -219,8 +219,10 @@ def parts_of(network: nn.Module, inputs: Inputs) -> Parts:
             parts.add(_key_of_module(module, args, kwargs), lambda: module(*args, **kwargs))
             return
         parts.containers += 1
-        for key, call in functions:
-            parts.add(key, call)
+        # Described only here: most are within a module that is a part itself.
+        for func, positional, named in functions:
+            key = {"function": resolve_name(func) or repr(func), "inputs": _described([positional, named])}
+            parts.add(json.dumps(key), partial(func, *positional, **named))
 
     handles = []
     for module in network.modules():

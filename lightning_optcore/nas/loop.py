@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import datetime
@@ -50,6 +51,8 @@ def search(
     objectives: Mapping[str, Direction] | Sequence[str] | str,
     strategy: Strategy | OneShot,
     max_trials: int,
+    max_seconds: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
     constraints: Constraints | None = None,
     seed: int = 0,
     store: str | Path | Store | None = None,
@@ -79,6 +82,9 @@ def search(
             :data:`lightning_optcore.nas.strategies.ONE_SHOT`, or a :class:`~lightning_optcore.nas.OneShot`: it trains
             a supernet first, whose weights are ``supernet.ckpt`` in the search's folder.
         max_trials: How many architectures are evaluated. Those that are not (see ``constraints``) are not counted.
+        max_seconds: No architecture is begun that many seconds after the call; whichever runs by then ends. What
+            strategy and estimates take counts. A search that is continued has them anew.
+        clock: Tells the seconds: ``time.process_time`` counts those of the processor instead, of this process alone.
         constraints: Limits, ``{"latency_ms": 2.0}``: at most so much, at least so much where more is better. One of
             what ``estimate`` returns is checked before, and a candidate over it is never evaluated; any other is
             checked with what ``evaluate`` returned. Or a function of an architecture that returns what it exceeds
@@ -113,6 +119,9 @@ def search(
     for name, value in (("max_trials", max_trials), ("n_jobs", n_jobs)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise SearchError(f"{name}={value!r}: expected a positive whole number")
+    if max_seconds is not None and not max_seconds > 0:
+        raise SearchError(f"max_seconds={max_seconds!r}: expected a number above 0")
+    deadline = None if max_seconds is None else clock() + max_seconds
     directions = _directions(objectives)
     where = architecture_space(space)
     if command is None:
@@ -126,6 +135,8 @@ def search(
         run = _Search(
             searcher, where.key, evaluate, directions, constraints, max_trials, n_jobs, journal, target, describe
         )
+        if deadline is not None:
+            run.late = lambda: clock() >= deadline
         run.begin(command, resume, directory)
         if on_begin is not None:
             on_begin(run.sweep_id, run.directory)
@@ -167,6 +178,7 @@ class _Search:
         self._succeeded = 0
         self._rejected_in_a_row = 0
         self._workers: Any = None
+        self.late: Callable[[], bool] = lambda: False
 
     def begin(self, command: str, resume: int | None, directory: str | Path | None) -> None:
         """Open a search in the store, or take over one that is to be continued."""
@@ -215,7 +227,7 @@ class _Search:
     def _asked(self) -> list[TrialRecord]:
         """Return the next batch, which is in the journal by now; an empty one at the end."""
         count = min(self._n_jobs, self._max_trials - self._evaluated)
-        if count < 1 or self._searcher.done or self._rejected_in_a_row >= _REJECTED:
+        if count < 1 or self.late() or self._searcher.done or self._rejected_in_a_row >= _REJECTED:
             return []
         candidates = self._searcher.ask(count)
         if not candidates:

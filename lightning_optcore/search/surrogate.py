@@ -142,31 +142,41 @@ def scaled(costs: np.ndarray) -> np.ndarray:
     return np.clip((costs - low) / np.maximum(high - low, 1e-12), 0.0, 1.0)
 
 
-def most_promising(bounds: np.ndarray, costs: np.ndarray, count: int) -> list[int]:
+def most_promising(bounds: np.ndarray, costs: np.ndarray, count: int, efforts: np.ndarray | None = None) -> list[int]:
     """Return the points whose bounds would add most hypervolume, one after the other.
 
     Args:
         bounds: Optimistic costs of the points, of shape (points, objectives), on the scale of ``costs``.
         costs: Costs of the trials, within 0..1.
         count: How many to return.
+        efforts: What trying each point costs: the volume is divided by it.
     """
-    reference = np.full(bounds.shape[1], 1.1)
     front = costs[non_dominated(costs)]
     chosen: list[int] = []
     for _ in range(min(count, len(bounds))):
-        if bounds.shape[1] == 1:
-            gains = -bounds[:, 0].copy()
-        else:
-            gains = _gains(bounds, front, reference)
-            # Where none would add anything, the nearest to the ideal point.
-            gains = np.where(gains > 0, gains, -1.0 - bounds.sum(1))
-        gains[chosen] = -np.inf
-        best = int(np.argmax(gains))
+        worth = promise(bounds, front, efforts)
+        worth[chosen] = -np.inf
+        best = int(np.argmax(worth))
         chosen.append(best)
         front = front[~np.all(bounds[best] <= front, axis=1)]
         if not np.any(np.all(front <= bounds[best], axis=1)):
             front = np.vstack([front, bounds[best]])
     return chosen
+
+
+def promise(bounds: np.ndarray, front: np.ndarray, efforts: np.ndarray | None = None) -> np.ndarray:
+    """Return the hypervolume that each point's bounds would add to a front; below 0, the better the more, where none.
+
+    Args:
+        bounds: As in :func:`most_promising`.
+        front: Costs that do not dominate each other.
+        efforts: As in :func:`most_promising`.
+    """
+    if bounds.shape[1] == 1:
+        return -bounds[:, 0]
+    gains = _gains(bounds, front, np.full(bounds.shape[1], 1.1))
+    # Where none would add anything, the nearest to the ideal point.
+    return np.where(gains > 0, gains if efforts is None else gains / efforts, -1.0 - bounds.sum(1))
 
 
 def _gains(bounds: np.ndarray, front: np.ndarray, reference: np.ndarray) -> np.ndarray:

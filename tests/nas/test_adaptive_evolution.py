@@ -90,8 +90,9 @@ def test_it_is_ahead_of_evolution_and_chance(known):
         {"known_costs": lambda params: {1: mixed_cost(params)}},
         {"known_costs": lambda params: dict(enumerate(mixed_objectives(params)))},
         {"proxies": lambda params: [params["x"], float("nan"), 1e300 * params["n"]]},
+        {"known_costs": lambda params: {1: mixed_cost(params)}, "effort": mixed_cost, "worst": [None, 9], "counted": 5},
     ],
-    ids=["nothing known", "cost known", "all known", "proxies"],
+    ids=["nothing known", "cost known", "all known", "proxies", "effort, worst and counted"],
 )
 def test_no_point_twice_and_a_restored_one_asks_the_same(arguments):
     searcher = AdaptiveEvolution(mixed_space(), DIRECTIONS, seed=5, initial_trials=6, **arguments)
@@ -162,7 +163,7 @@ def test_a_proxy_that_tells_the_quality_is_used():
 
 
 def test_every_fifth_goes_for_the_best_quality(monkeypatch):
-    monkeypatch.setattr(adaptive_evolution, "most_promising", lambda bounds, front, count: list(range(count)))
+    monkeypatch.setattr(adaptive_evolution, "most_promising", lambda bounds, front, count, efforts: list(range(count)))
     searcher = AdaptiveEvolution(
         layers_space(), DIRECTIONS, seed=0, known_costs=lambda params: {1: layers_cost(params)}
     )
@@ -183,8 +184,59 @@ def test_the_first_trials_are_spread():
     assert np.mean(spread) > np.mean([least_distance(Evolutionary, seed) for seed in range(8)])
 
 
+def test_what_is_known_to_be_worth_nothing_is_not_tried():
+    def costs_of(**arguments):
+        searcher = AdaptiveEvolution(
+            layers_space(), DIRECTIONS, known_costs=lambda params: {1: layers_cost(params)}, **arguments
+        )
+        run(searcher, lambda params: [layers_quality(params), layers_cost(params)], 30)
+        return [trial.objectives[1] for trial in searcher.trials]
+
+    assert max(costs_of()) > 40
+    assert max(costs_of(worst=[None, 40])) <= 40
+    assert max(costs_of(worst=[10, 40])) <= 40
+
+
+def test_the_effort_is_saved():
+    def effort(params):
+        return 1.0 + 20 * (params["layer0"] == "large")
+
+    def efforts(**arguments):
+        searcher = AdaptiveEvolution(
+            layers_space(), DIRECTIONS, known_costs=lambda params: {1: layers_cost(params)}, **arguments
+        )
+        run(searcher, lambda params: [layers_quality(params), layers_cost(params)], 30)
+        return sum(effort(trial.params) for trial in searcher.trials)
+
+    assert efforts(effort=effort) < 0.7 * efforts()
+
+
+def test_few_costs_are_counted_and_the_search_is_ahead_of_chance():
+    asked = []
+
+    def known_costs(params):
+        asked.append(json.dumps(params))
+        return {1: layers_cost(params)}
+
+    def evaluate(params):
+        return [layers_quality(params), layers_cost(params)]
+
+    for seed in range(3):
+        asked.clear()
+        searcher = AdaptiveEvolution(layers_space(), DIRECTIONS, seed=seed, known_costs=known_costs, counted=10)
+        assert volume(run(searcher, evaluate, 30)) > volume(
+            run(Random(layers_space(), DIRECTIONS, seed=seed), evaluate, 30)
+        )
+        # The first ten are not screened.
+        assert len(set(asked)) <= 10 + 20 * 10
+
+
 def test_wrong_use_says_what_would_be_right():
     space = layers_space()
+    with pytest.raises(SearchError, match="counted=0: expected at least 1, or None"):
+        AdaptiveEvolution(space, counted=0)
+    with pytest.raises(SearchError, match=r"worst=\[1\]: expected a value or None for each of 2 objectives"):
+        AdaptiveEvolution(space, DIRECTIONS, worst=[1])
     with pytest.raises(SearchError, match=r"surrogate=False: .*Evolutionary"):
         AdaptiveEvolution(space, surrogate=False)
     with pytest.raises(SearchError, match="random_points=-1: expected 0 or more"):

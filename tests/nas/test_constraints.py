@@ -25,6 +25,14 @@ def test_costs_are_those_of_the_yardstick():
     assert costs == {"params": measured.params, "flops": measured.flops, "size_bytes": measured.size_bytes}
 
 
+def test_flops_need_not_be_counted():
+    quick = Constraints({"params": 500}, build, EXAMPLE, count_flops=False)
+    costs = Constraints({}, build, EXAMPLE).costs({"width": 4})
+    assert quick.costs({"width": 4}) == {name: value for name, value in costs.items() if name != "flops"}
+    with pytest.raises(SearchError, match=r"constraints.flops: nothing counts them"):
+        Constraints({"flops": 500}, build, EXAMPLE, count_flops=False)
+
+
 def test_the_violation_is_the_sum_of_relative_excesses():
     costs = Constraints({}, build, EXAMPLE).costs({"width": 4})
     limits = {"params": costs["params"] / 2, "flops": costs["flops"] / 1.5, "size_bytes": costs["size_bytes"]}

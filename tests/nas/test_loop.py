@@ -55,6 +55,20 @@ def test_a_searcher_of_ones_own_and_points_to_try_first():
     assert found.history[0].architecture == {"a": 4, "b": "z"}
 
 
+def test_no_architecture_is_begun_after_the_seconds():
+    evaluated = []
+
+    def evaluate(one):
+        evaluated.append(one)
+        return table(one)
+
+    # Ten seconds by a clock that goes on by four with each training: what was begun before the end is finished.
+    found = quick(evaluate, max_seconds=10, clock=lambda: 4.0 * len(evaluated))
+    assert len(found.history) == len(evaluated) == 3
+    with pytest.raises(SearchError, match="max_seconds=0: expected a number above 0"):
+        quick(max_seconds=0)
+
+
 def test_what_fails_is_recorded_and_the_search_goes_on():
     def evaluate(one):
         if one["a"] == 1:
