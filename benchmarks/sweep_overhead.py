@@ -39,8 +39,8 @@ import hydra_plugins
 from hydra_plugins.lightning_optcore.sweeper import SEARCHERS
 from lightning_optcore.search import Space
 from lightning_optcore.store import Store
-from lightning_optcore.sweeps.engine import read_template
 from lightning_optcore.sweeps.journal import Journal
+from lightning_optcore.sweeps.template import read_template
 
 PARAMS = {
     "width": "choice(8,16,32,64)",

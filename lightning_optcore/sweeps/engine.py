@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
@@ -22,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_optcore.fingerprints import code_fingerprint
 from lightning_optcore.measurement.directions import Direction, direction_of
-from lightning_optcore.search.grammar import override_text, parameter_of
+from lightning_optcore.search.grammar import override_text
 from lightning_optcore.search.sampling import Grid
 from lightning_optcore.search.searcher import Searcher
 from lightning_optcore.search.space import Choice, Parameter, Space
@@ -31,6 +29,7 @@ from lightning_optcore.sweeps.display import LiveTable
 from lightning_optcore.sweeps.journal import SweepError, SweepRecord, TrialRecord, held_journal
 from lightning_optcore.sweeps.results import write_results
 from lightning_optcore.sweeps.task import TrialTask
+from lightning_optcore.sweeps.template import read_template
 from lightning_optcore.sweeps.warm_start import log_warm_points, warm_points
 
 log = logging.getLogger(__name__)
@@ -67,64 +66,6 @@ class SweepOptions:
                 raise SweepError(f"hydra.sweeper.{name}={value}: expected a positive number")
         if self.warm_start < 0:
             raise SweepError(f"hydra.sweeper.warm_start={self.warm_start}: expected a number of points, or 0 for none")
-
-
-@dataclass(frozen=True)
-class Template:
-    """The overrides of a job, in the order of the command line: fixed ones, and parameters of the space.
-
-    Args:
-        keys: What stands left of the equals sign, e.g. ``+model.width``.
-        fixed: The whole override by its key, where it is not swept.
-        space: What is swept, by key without its ``+``.
-    """
-
-    keys: list[str]
-    fixed: dict[str, str]
-    space: dict[str, Parameter]
-
-    def overrides(self, params: Mapping[str, Any]) -> list[str]:
-        """Return the overrides of a candidate; what is inactive in it is left out."""
-        written = []
-        for key in self.keys:
-            if key in self.fixed:
-                written.append(self.fixed[key])
-            elif name_of(key) in params:
-                written.append(override_text(key, params[name_of(key)]))
-        return written
-
-
-def name_of(key: str) -> str:
-    """Return a parameter's name of an override's key.
-
-    Example:
-        >>> name_of("+model.width")
-        'model.width'
-    """
-    return key.lstrip("+")
-
-
-def read_template(params: Mapping[str, Any], arguments: Sequence[str], config_loader: Any = None) -> Template:
-    """Read ``hydra.sweeper.params`` and the command line; the command line wins.
-
-    Raises:
-        SpaceError: If a sweep cannot be read.
-    """
-    parser = OverridesParser.create(config_loader=config_loader)
-    parsed: dict[str, Override] = {}
-    for override in parser.parse_overrides([*(f"{key}={value}" for key, value in params.items()), *arguments]):
-        key = override.get_key_element()
-        before = next((known for known in parsed if name_of(known) == name_of(key)), key)
-        parsed = {key if known == before else known: one for known, one in parsed.items()} | {key: override}
-    swept = {key: one for key, one in parsed.items() if one.is_sweep_override()}
-    fixed = {key: one for key, one in parsed.items() if key not in swept}
-    return Template(
-        keys=list(parsed),
-        fixed={
-            key: f"{key}={one.get_value_element_as_str()}" if not one.is_delete() else key for key, one in fixed.items()
-        },
-        space={name_of(key): parameter_of(one, name_of(key)) for key, one in swept.items()},
-    )
 
 
 def directions_of(config: DictConfig, given: Sequence[Direction] | None) -> list[Direction]:
