@@ -88,9 +88,11 @@ def test_the_defaults_are_those_of_the_class(file):
         if node.get("_partial_") or file.match("nas/strategy/*"):
             # What is not here is given by the code that calls it.
             expected = {name: value for name, value in expected.items() if name in given}
-        # What the class cannot do without is what the option is for.
-        needed = [name for name, value in expected.items() if value is inspect.Parameter.empty and name in given]
-        expected.update((name, given[name]) for name in needed)
+        # What the class cannot do without is what the option is for, or is another option.
+        needed = [name for name, value in expected.items() if value is inspect.Parameter.empty]
+        elsewhere = [entry.partition("@")[2] for entry in given.pop("defaults", ()) if "@" in entry]
+        expected.update((name, given.get(name)) for name in needed)
+        expected = {name: value for name, value in expected.items() if name not in elsewhere}
         if node["_target_"] == "lightning_optcore.nas.retrain":
             # These two are configurations, from the groups of a search.
             given = {name: value for name, value in given.items() if name != "defaults"} | {
