@@ -68,8 +68,8 @@ def test_an_unknown_job_lists_the_jobs(optcore):
     done = optcore("tran")
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "optcore: unknown job 'tran': expected one of train, measure, profile, nas, continual, report, dashboard, "
-        "then overrides such as model.width=64"
+        "optcore: unknown job 'tran': expected one of train, adapt, continual, measure, profile, nas, report, "
+        "dashboard, then overrides such as model.width=64"
     ]
 
 
@@ -78,7 +78,8 @@ def test_a_group_that_is_emptied_lists_its_options(optcore, argument):
     done = optcore("train", argument)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"optcore: {argument}: data is a group of configurations: expected one of digits, fashion_mnist"
+        f"optcore: {argument}: data is a group of configurations: expected one of digits, fashion_mnist, "
+        "few_shot_digits, few_shot_digits_task, few_shot_fashion_mnist, few_shot_fashion_mnist_task"
     ]
 
 
