@@ -367,6 +367,7 @@ SINUSOID: dict[str, tuple[int, dict[str, Any], tuple[int, ...], bool]] = {
 }
 JUDGED_AFTER = (0, 1, 5, 10)
 LR, CLIP = 3e-3, 10.0
+DIVERGED = 1e3
 
 
 def sinusoid(options: argparse.Namespace) -> None:
@@ -429,6 +430,10 @@ def _errors(module: nn.Module, given: dict[str, Any], rates: dict[str, Tensor] |
 
 
 def _summary(values: list[float]) -> str:
+    # Steps that are longer than those of the training may lead away.
+    far = sum(not value < DIVERGED for value in values)
+    if far:
+        return f"diverged, {far} of {len(values)}"
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):.3f} +- {spread:.3f}"
 
