@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -22,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nni_engine import quieten, regularized_evolution
 from rich.console import Console
 from rich.table import Table as Printed
 from search import Evaluate, Table, Values, load
 
 from lightning_optcore.files import write_atomically
-from lightning_optcore.nas._nni_compat import nni_nas
 from lightning_optcore.nas.adaptive_evolution import AdaptiveEvolution
 from lightning_optcore.search import Evolutionary, Searcher, Space
 
@@ -46,8 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a file of every run's curves, as JSON")
     options = parser.parse_args()
 
-    nni_nas()  # which sets its own level
-    logging.getLogger("nni").setLevel(logging.ERROR)
+    quieten()
     tables = {name: load(name) for name in options.tables}
     curves: dict[str, dict[str, list[list[float]]]] = {}
     gaps: dict[str, dict[str, list[float]]] = {}
@@ -142,56 +140,16 @@ def ours(make: Callable[..., Searcher], **arguments: Any) -> Callable[[Table, in
 
 
 def of_nni(table: Table, seed: int, evaluate: Evaluate) -> None:
-    """Run NNI's RegularizedEvolution in this process, without its server."""
-    nas = nni_nas()
-    from nni.nas.evaluator import FunctionalEvaluator
-    from nni.nas.execution import ExecutionEngine
-    from nni.nas.execution.event import FinalMetricEvent, TrainingEndEvent
-    from nni.nas.space import ModelStatus, RawFormatModelSpace
-    from torch import nn
-
+    """Run NNI's RegularizedEvolution on the equally weighted sum of both objectives, scaled."""
     costs = [cost for _, cost in table.rows.values()]
     low, high, best = min(costs), max(costs), best_accuracy(table)
 
-    class Choices(nas.nn.ModelSpace):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            for name, values in table.space.items():
-                self.add_mutable(nas.nni.choice(name, values))
+    def objective(sample: dict[str, Any]) -> float:
+        accuracy, cost = evaluate(tuple(sample[name] for name in table.space))
+        quality = (accuracy - table.least_accuracy) / (best - table.least_accuracy)
+        return quality - (cost - low) / (high - low)
 
-        def freeze(self, sample: dict[str, Any]) -> nn.Module:
-            self.validate(sample)
-            return nn.Identity()
-
-    class Engine(ExecutionEngine):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.submitted: list[Any] = []
-
-        def submit_models(self, *models: Any) -> None:
-            for model in models:
-                if not self.budget_available():
-                    return
-                self.submitted.append(model)
-                accuracy, cost = evaluate(tuple(model.sample[name] for name in table.space))
-                quality = (accuracy - table.least_accuracy) / (best - table.least_accuracy)
-                self.dispatch_model_event(FinalMetricEvent(model, quality - (cost - low) / (high - low)))
-                self.dispatch_model_event(TrainingEndEvent(model, ModelStatus.Trained))
-
-        def list_models(self, status: Any = None) -> list[Any]:
-            return [model for model in self.submitted if status is None or model.status == status]
-
-        def idle_worker_available(self) -> bool:
-            return True
-
-        def budget_available(self) -> bool:
-            return len(self.submitted) < EVALUATIONS
-
-        def wait_models(self, *models: Any) -> None:
-            """Every model is done when it was submitted."""
-
-    strategy = nas.strategy.RegularizedEvolution(population_size=20, sample_size=5, mutation_prob=0.2, seed=seed)
-    strategy(RawFormatModelSpace(Choices(), FunctionalEvaluator(print)), Engine())
+    regularized_evolution(table.space, objective, lambda count: count < EVALUATIONS, seed=seed, mutation_prob=0.2)
 
 
 STRATEGIES: dict[str, Callable[[Table, int, Evaluate], None]] = {

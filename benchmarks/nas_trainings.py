@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from nni_engine import quieten, regularized_evolution
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -47,7 +48,6 @@ from lightning_optcore import measure_alternatives, nas
 from lightning_optcore.data import FashionMNIST
 from lightning_optcore.files import write_atomically
 from lightning_optcore.models import CNN, Classifier
-from lightning_optcore.nas._nni_compat import nni_nas
 from lightning_optcore.search import hypervolume
 
 Architecture = dict[str, Any]
@@ -79,8 +79,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    nni_nas()  # which sets its own level
-    logging.getLogger("nni").setLevel(logging.ERROR)
+    quieten()
     final = FINAL
     if options.quick:
         options.seeds, options.seconds, final = 1, 12.0, (1_000, 1, 64)
@@ -303,62 +302,24 @@ def ours(seed: int, seconds: float) -> list[Any]:
 
 
 def of_nni(seed: int, seconds: float) -> list[Any]:
-    """Return the trials of NNI's RegularizedEvolution, which runs in this process, without its server."""
-    lib = nni_nas()
-    from nni.nas.evaluator import FunctionalEvaluator
-    from nni.nas.execution import ExecutionEngine
-    from nni.nas.execution.event import FinalMetricEvent, TrainingEndEvent
-    from nni.nas.space import ModelStatus, RawFormatModelSpace
-
+    """Return the trials of NNI's RegularizedEvolution."""
     where, trials = networks(), []
     known, accuracy = Known(where, latency_table()), trial_accuracy(where, seed)
     values: dict[str, float] = {}
     end = time.process_time() + seconds
 
-    class Choices(lib.nn.ModelSpace):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            for name, kind in where.choices.parameters.items():
-                self.add_mutable(lib.nni.choice(name, list(kind.values)))  # type: ignore[union-attr]
+    def objective(sample: dict[str, Any]) -> float:
+        # Without the choices that build nothing; what was trained before is not trained again.
+        architecture = where.choices.decode(where.choices.encode(sample))
+        key = where.key(architecture)
+        if key not in values:
+            quality, costs = accuracy(architecture), known(architecture)
+            trials.append((architecture, quality, costs))
+            values[key] = scalarised(quality, costs)
+        return values[key]
 
-        def freeze(self, sample: dict[str, Any]) -> nn.Module:
-            self.validate(sample)
-            return nn.Identity()
-
-    class Engine(ExecutionEngine):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.submitted: list[Any] = []
-
-        def submit_models(self, *models: Any) -> None:
-            for model in models:
-                if not self.budget_available():
-                    return
-                self.submitted.append(model)
-                # Without the choices that build nothing; what was trained before is not trained again.
-                architecture = where.choices.decode(where.choices.encode(model.sample))
-                key = where.key(architecture)
-                if key not in values:
-                    quality, costs = accuracy(architecture), known(architecture)
-                    trials.append((architecture, quality, costs))
-                    values[key] = scalarised(quality, costs)
-                self.dispatch_model_event(FinalMetricEvent(model, values[key]))
-                self.dispatch_model_event(TrainingEndEvent(model, ModelStatus.Trained))
-
-        def list_models(self, status: Any = None) -> list[Any]:
-            return [model for model in self.submitted if status is None or model.status == status]
-
-        def idle_worker_available(self) -> bool:
-            return True
-
-        def budget_available(self) -> bool:
-            return time.process_time() < end
-
-        def wait_models(self, *models: Any) -> None:
-            """Every model is done when it was submitted."""
-
-    strategy = lib.strategy.RegularizedEvolution(population_size=20, sample_size=5, mutation_prob=0.15, seed=seed)
-    strategy(RawFormatModelSpace(Choices(), FunctionalEvaluator(print)), Engine())
+    choices = {name: list(kind.values) for name, kind in where.choices.parameters.items()}  # type: ignore[union-attr]
+    regularized_evolution(choices, objective, lambda _: time.process_time() < end, seed=seed, mutation_prob=0.15)
     return trials
 
 
