@@ -5,9 +5,10 @@ Names are resolved on first use (PEP 562), so that ``import lightning_optcore`` 
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_optcore.lazy import lazily
 
 if TYPE_CHECKING:
     from lightning_optcore.compression.artifact import Artifact, load_artifact
@@ -57,12 +58,7 @@ if not (Path(__file__).parent / "conf").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'lightning_optcore' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"lightning_optcore.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME_OF)
 
 
 def __dir__() -> list[str]:

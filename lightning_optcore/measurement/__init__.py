@@ -5,8 +5,9 @@ Names are resolved on first use, so that readers of measurements (the store, the
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_optcore.lazy import lazily
 
 if TYPE_CHECKING:
     from lightning_optcore.measurement.comparison import Comparison, compare
@@ -38,9 +39,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'lightning_optcore.measurement' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"lightning_optcore.measurement.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME_OF)

@@ -5,8 +5,9 @@ Names are resolved on first use, so that a space can be read without scikit-lear
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_optcore.lazy import lazily
 
 if TYPE_CHECKING:
     from lightning_optcore.search.evolutionary import Evolutionary
@@ -65,9 +66,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'lightning_optcore.search' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"lightning_optcore.search.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME_OF)

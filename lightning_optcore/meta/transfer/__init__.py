@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lightning_optcore.lazy import lazily
 
 if TYPE_CHECKING:
     from lightning_optcore.meta.transfer.backbone import Loaded, load_backbone
@@ -35,9 +36,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'lightning_optcore.meta.transfer' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"lightning_optcore.meta.transfer.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazily(__name__, _HOME_OF)
