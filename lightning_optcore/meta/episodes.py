@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from lightning_optcore.meta.labels import labels_of
 from lightning_optcore.meta.tasks import MetaLearningError, stacked
 
 # (support, query)
@@ -27,8 +28,7 @@ class LabelledEpisodes(Dataset[Task]):
     """N-way K-shot tasks of a labelled data set, each determined by the seed and its number alone.
 
     Args:
-        dataset: Gives ``(input, label)``. Labels are found in its ``targets``, ``labels`` or ``tensors`` where it has
-            these, else by going through it once.
+        dataset: Gives ``(input, label)``.
         n_way: Classes of a task; within it they are called 0 to ``n_way - 1``.
         k_shot: Samples of each class in the support set.
         num_query: Samples of each class in the query set, of which none is in the support set.
@@ -426,16 +426,6 @@ def split_classes(labels: Sequence[int], n_way: int) -> dict[str, list[int]]:
     each = max(n_way, round(0.2 * count))
     first, second = count - 2 * each, count - each
     return {"train": listed[:first], "val": listed[first:second], "test": listed[second:]}
-
-
-def labels_of(dataset: Any) -> Tensor:
-    """Return the labels (samples,) of a data set of ``(input, label)``."""
-    for name in ("targets", "labels"):
-        if (found := getattr(dataset, name, None)) is not None:
-            return torch.as_tensor(found)
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[1]
-    return torch.tensor([int(dataset[i][1]) for i in range(len(dataset))])
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:

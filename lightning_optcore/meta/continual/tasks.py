@@ -16,10 +16,10 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     Subset,
-    TensorDataset,
 )
 
 from lightning_optcore.measurement.inputs import map_tensors, tensors_in
+from lightning_optcore.meta.labels import labels_of
 
 _STAGES = "_optcore_stages"
 
@@ -188,34 +188,10 @@ class ClassTask(DerivedTask):
 
     def changed(self, dataset: Any) -> Dataset:
         """Return the samples of the classes."""
-        index = torch.isin(_labels_of(dataset, self.label), torch.tensor(self.classes)).nonzero()[:, 0].tolist()
+        index = torch.isin(labels_of(dataset, self.label), torch.tensor(self.classes)).nonzero()[:, 0].tolist()
         if not index:
             raise MisconfigurationException(f"tasks.classes={self.classes}: the data has no sample of them")
         return Subset(dataset, index)
-
-
-def _labels_of(dataset: Any, label: str | int | None) -> Tensor:
-    if label is None and isinstance(dataset, TensorDataset):
-        found = [t for t in dataset.tensors if t.dim() == 1 and not t.is_floating_point()]
-        if found:
-            return found[-1]
-    targets = getattr(dataset, "targets", None)
-    if label is None and targets is not None:
-        return torch.as_tensor(targets)
-    return torch.tensor([_label_of(dataset[i], label) for i in range(len(dataset))])
-
-
-def _label_of(sample: Any, label: str | int | None) -> int:
-    if label is not None:
-        try:
-            return int(sample[label])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise MisconfigurationException(f"tasks.label={label!r}: a sample has no integer there") from error
-    values = list(sample.values()) if isinstance(sample, Mapping) else list(sample)
-    for value in reversed(values):
-        if isinstance(value, int) or (isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point()):
-            return int(value)
-    raise MisconfigurationException("tasks.data: a sample has no integer that could be its label; name it: tasks.label")
 
 
 def permuted_tasks(data: LightningDataModule, num_tasks: int = 5, seed: int = 0) -> list[DerivedTask]:
