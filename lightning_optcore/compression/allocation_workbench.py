@@ -22,7 +22,6 @@ from lightning_optcore.compression.allocation_options import (
     narrowed,
 )
 from lightning_optcore.compression.allocation_solver import AllocationError, AllocationProblem, Solver
-from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.channel_groups import ChannelGroups, Ranking, find_channel_groups
 from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.layer_latency import LayerLatency, layer_shapes
@@ -36,6 +35,7 @@ from lightning_optcore.compression.structure import Structure
 from lightning_optcore.files import write_atomically
 from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.measurement.inputs import Inputs, joined, tensors_in
+from lightning_optcore.measurement.modes import fused_attention_off
 from lightning_optcore.measurement.timing import time_in_turns
 
 log = logging.getLogger(__name__)

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _NESTED = "_optcore_nested_tensor"
-
-
-@contextmanager
-def fused_attention_off() -> Iterator[None]:
-    """Let ``nn.TransformerEncoder`` compute layer by layer inside the context, in evaluation as in training.
-
-    Its fused kernel calls no layer, and packs padded inputs into nested tensors, which neither hooks nor exporters
-    nor autocast on a CPU can take.
-
-    Example:
-        >>> with fused_attention_off():
-        ...     torch.backends.mha.get_fastpath_enabled()
-        False
-    """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def forbid_nested_tensors(encoder: Any, reason: str) -> None:

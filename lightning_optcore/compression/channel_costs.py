@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_optcore.compression.channel_groups import ChannelGroups, traceable
 from lightning_optcore.compression.layer_latency import LayerLatency, LayerShape, layer_shapes
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.measurement.modes import evaluating
 
 Kept = Mapping[str, int]
 
@@ -101,12 +102,8 @@ class ChannelCosts:
 
 def _flops_by_tensor(module: nn.Module, sample: Inputs) -> tuple[dict[str, float], float]:
     """Return the FLOPs that each weight takes part in, and those that belong to none."""
-    training = {child: child.training for child in module.modules()}
-    module.eval()
-    with traceable(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with evaluating(module), traceable(), torch.no_grad(), FlopCounterMode(display=False) as counter:
         sample.call(module)
-    for child, was_training in training.items():
-        child.training = was_training
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     root = type(module).__name__
     flops: dict[str, float] = {}

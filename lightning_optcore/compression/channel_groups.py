@@ -22,11 +22,11 @@ from lightning_optcore.compression.attention import (
     HeadPrunedAttention,
     allow_missing_heads,
     can_miss_heads,
-    fused_attention_off,
 )
 from lightning_optcore.compression.structure import Structure, named_tensors, set_sizes
 from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
+from lightning_optcore.measurement.modes import fused_attention_off
 
 _ROOTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _CONVOLUTIONS = _ROOTS[:-1]

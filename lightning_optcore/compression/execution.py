@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.measurement.inputs import map_tensors, tensors_in
+from lightning_optcore.measurement.modes import fused_attention_off
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.onnx_model import OnnxModel, Signature, TensorSpec
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
+from lightning_optcore.measurement.modes import evaluating, fused_attention_off
 
 # Neither 0 nor 1 (exporters treat these as constants), and unlikely to be the size of another axis.
 _EXPORT_BATCH = 3
@@ -57,7 +57,7 @@ def export_onnx(module: nn.Module, example_inputs: Any, *, tracing_first: bool =
     names, inputs = _named(module, inputs)
     small = inputs.resized(_EXPORT_BATCH)
     axes = inputs.batch_axes()
-    with _evaluation_mode(module), torch.no_grad():
+    with evaluating(module), torch.no_grad():
         output = small.call(module)
         other = inputs.resized(_CHECKED_BATCHES[0]).call(module)
         if not list(tensors_in(output)):
@@ -239,17 +239,6 @@ def _suspect(module: nn.Module) -> str:
             "afterwards, or make it with enable_nested_tensor=False"
         )
     return "is there a random number or a fixed batch size in forward?"
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    training = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, was_training in training.items():
-            child.training = was_training
 
 
 @contextmanager

@@ -14,10 +14,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.onnx_model import new_session
 from lightning_optcore.fingerprints import hardware_fingerprint
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.measurement.modes import evaluating, fused_attention_off
 from lightning_optcore.measurement.timing import fastest_burst, torch_threads
 from lightning_optcore.store import Store
 
@@ -129,16 +129,12 @@ def layer_shapes(module: nn.Module, inputs: Inputs) -> dict[str, LayerShape]:
     for name, child in module.named_modules():
         if type(child).__name__ in _OPERATORS:
             hooks.append(child.register_forward_hook(watch(name)))
-    training = {child: child.training for child in module.modules()}
-    module.eval()
     try:
-        with fused_attention_off(), torch.no_grad():
+        with evaluating(module), fused_attention_off(), torch.no_grad():
             inputs.resized(1).call(module)
     finally:
         for hook in hooks:
             hook.remove()
-        for child, was_training in training.items():
-            child.training = was_training
     return found
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lightning_optcore.compression.layer_latency import LayerLatency, LayerShape
 from lightning_optcore.compression.low_rank_layers import CONVOLUTIONS, FACTORABLE, Basis
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
+from lightning_optcore.measurement.modes import evaluating
 
 STEP = "low_rank_factorization"
 # Share of the mean that is added to each eigenvalue of second moments before they are inverted.
@@ -202,22 +203,23 @@ def _moments(module: nn.Module, layers: Mapping[str, nn.Module], batches: Sequen
 @contextmanager
 def _differentiable(module: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients for all parameters; the gradients of the training stay as they are."""
-    training = {child: child.training for child in module.modules()}
     kept = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    module.eval()
     for parameter, *_ in kept:
         parameter.grad = None
         parameter.requires_grad_(parameter.is_floating_point())
     try:
         # cuDNN differentiates recurrent layers in training mode alone.
-        with torch.inference_mode(False), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        with (
+            evaluating(module),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.backends.cudnn.flags(enabled=False),
+        ):
             yield
     finally:
         for parameter, required, gradient in kept:
             parameter.requires_grad_(required)
             parameter.grad = gradient
-        for child, was_training in training.items():
-            child.training = was_training
 
 
 def _watch(seen: dict[str, Moments], name: str) -> Callable[..., None]:

@@ -21,7 +21,6 @@ from lightning.pytorch.plugins.precision import MixedPrecision as MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.checkpoints import close_ledger, free_key, ledger_of, open_ledger, write_recipe
 from lightning_optcore.compression.execution import DTYPES, cast_weights, execution_of, first_line, run_plainly
 from lightning_optcore.compression.layer_latency import backend_after
@@ -29,6 +28,7 @@ from lightning_optcore.compression.speed_check import SpeedCheck, check_speed, e
 from lightning_optcore.compression.user_validation import UserValidation, guarded_metric, quality_drop
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, detached_copy, submodule
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.measurement.modes import fused_attention_off
 from lightning_optcore.measurement.yardstick import check_arguments
 from lightning_optcore.recipe import Step, register_step
 

@@ -25,7 +25,6 @@ from lightning_optcore.compression.artifact_making import (
     check_openvino,
     require_small_weights,
 )
-from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.checkpoints import (
     averaged_models,
     close_ledger,
@@ -50,6 +49,7 @@ from lightning_optcore.compression.onnx_model import RUNTIMES, OnnxModel
 from lightning_optcore.compression.training_state import all_finite
 from lightning_optcore.measurement.forward_calls import detached_copy, submodule
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.measurement.modes import fused_attention_off
 from lightning_optcore.random_states import random_states, restore_random_states
 from lightning_optcore.recipe import Step, register_step
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_optcore.compression.attention import fused_attention_off
 from lightning_optcore.compression.channel_groups import ChannelGroup, ChannelGroups, Member, Ranking
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.measurement.modes import evaluating, fused_attention_off
 
 # Share of the mean variance that is added to the diagonal: channels may be copies of each other.
 _RIDGE = 1e-3
@@ -155,16 +155,12 @@ def _second_moments(module: nn.Module, inputs: Inputs, lost: Mapping[str, Tensor
         return hook
 
     hooks = [module.get_submodule(name).register_forward_hook(watch(name)) for name in lost]
-    training = {child: child.training for child in module.modules()}
-    module.eval()
     try:
-        with fused_attention_off(), torch.no_grad():
+        with evaluating(module), fused_attention_off(), torch.no_grad():
             inputs.call(module)
     finally:
         for handle in hooks:
             handle.remove()
-        for child, was_training in training.items():
-            child.training = was_training
     # A training that diverged has nothing to teach.
     return {name: (moments, lost[name]) for name, moments in sums.items() if bool(torch.isfinite(moments).all())}
 

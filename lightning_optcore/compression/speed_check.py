@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
+from lightning_optcore.measurement.modes import evaluating
 from lightning_optcore.measurement.timing import rounds_in_turns, torch_threads
 from lightning_optcore.measurement.yardstick import timed_call
 
@@ -79,23 +80,16 @@ def check_speed(
     """
     device = next((p.device for p in after.parameters()), torch.device("cpu"))
     taken: dict[str, dict[int, list[float]]] = {"before": {}, "after": {}}
-    training = {child: child.training for module in (before, after) for child in module.modules()}
-    before.eval()
-    after.eval()
-    try:
-        with torch_threads(num_threads), torch.inference_mode():
-            for size in batch_sizes:
-                batch = inputs.resized(size).to(device)
-                calls = {"before": timed_call(before, batch, device), "after": timed_call(after, batch, device)}
-                for _ in range(_MOST_REPETITIONS):
-                    for name, medians in rounds_in_turns(calls, rounds=rounds).items():
-                        taken[name].setdefault(size, []).extend(medians)
-                    known = SpeedCheck.of({size: taken["before"][size]}, {size: taken["after"][size]})
-                    if known.noise[str(size)] <= _MUCH_NOISE:
-                        break
-    finally:
-        for child, was_training in training.items():
-            child.training = was_training
+    with evaluating(before, after), torch_threads(num_threads), torch.inference_mode():
+        for size in batch_sizes:
+            batch = inputs.resized(size).to(device)
+            calls = {"before": timed_call(before, batch, device), "after": timed_call(after, batch, device)}
+            for _ in range(_MOST_REPETITIONS):
+                for name, medians in rounds_in_turns(calls, rounds=rounds).items():
+                    taken[name].setdefault(size, []).extend(medians)
+                known = SpeedCheck.of({size: taken["before"][size]}, {size: taken["after"][size]})
+                if known.noise[str(size)] <= _MUCH_NOISE:
+                    break
     if saved is not None:
         saved += [1e-3 * float(np.median(taken["before"][n]) - np.median(taken["after"][n])) for n in batch_sizes]
     return SpeedCheck.of(taken["before"], taken["after"])
@@ -104,15 +98,9 @@ def check_speed(
 def evaluated(module: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
     """Return the tensors of a module's output in evaluation mode."""
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    training = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        with torch.inference_mode():
-            output: Any = inputs.to(device).call(module)
-            return [tensor.detach().clone() for tensor in tensors_in(output)]
-    finally:
-        for child, was_training in training.items():
-            child.training = was_training
+    with evaluating(module), torch.inference_mode():
+        output: Any = inputs.to(device).call(module)
+        return [tensor.detach().clone() for tensor in tensors_in(output)]
 
 
 def same_outputs(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], tolerance: float = 1e-3) -> bool:

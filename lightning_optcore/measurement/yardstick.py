@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ from lightning_optcore.measurement.environment import hardware_name, library_ver
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.measurement.memory import peak_allocated, peak_resident
+from lightning_optcore.measurement.modes import evaluating, fused_attention_off
 from lightning_optcore.measurement.timing import time_in_turns, torch_threads
 
 
@@ -100,7 +100,7 @@ def static_costs(model: nn.Module, example_inputs: Any, *, count_flops: bool = T
     """
     flops = None
     if count_flops:
-        with _evaluating(model):
+        with evaluating(model), torch.no_grad():
             flops = _flops(model, Inputs.of(example_inputs).resized(1))
     known = {"params": _num_parameters(model), "size_bytes": _size_bytes(model), "flops": flops}
     return {name: float(value) for name, value in known.items() if value is not None}
@@ -148,10 +148,8 @@ def measure_alternatives(
     inputs = Inputs.of(example_inputs)
     inputs.batch_size  # noqa: B018 - raises early where there is no batch axis
     known = {name: dict(value) for name, value in (quality or {}).items()}
-    with torch_threads(num_threads), ExitStack() as evaluating:
-        for model in models.values():
-            if isinstance(model, nn.Module):
-                evaluating.enter_context(_evaluating(model))
+    modules = [model for model in models.values() if isinstance(model, nn.Module)]
+    with torch_threads(num_threads), evaluating(*modules), torch.no_grad():
         places = {name: _place(model, device) for name, model in models.items()}
         largest = inputs.resized(max(batch_sizes))
         flops = {name: _flops(model, inputs.resized(1).to(places[name])) for name, model in models.items()}
@@ -162,11 +160,11 @@ def measure_alternatives(
         runners = {name: _runner(model, num_threads) for name, model in models.items()}
         latencies = {}
         # Only here: what a module caches in its first forward must stay usable in training.
-        evaluating.enter_context(torch.inference_mode())
-        for size in batch_sizes:
-            batch = inputs.resized(size)
-            calls = {name: timed_call(runner, batch.to(places[name]), places[name]) for name, runner in runners.items()}
-            latencies[size] = time_in_turns(calls, rounds=rounds)
+        with torch.inference_mode():
+            for size in batch_sizes:
+                batch = inputs.resized(size)
+                calls = {name: timed_call(run, batch.to(places[name]), places[name]) for name, run in runners.items()}
+                latencies[size] = time_in_turns(calls, rounds=rounds)
     for name, model in models.items():
         if dataloaders is not None and name not in known and hasattr(model, "validation_step"):
             from lightning_optcore.measurement.quality import validate
@@ -210,18 +208,6 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-
-
 def _place(model: nn.Module | Deployed, device: torch.device | str | None) -> torch.device:
     if not isinstance(model, nn.Module):
         return torch.device("cpu")
@@ -249,7 +235,7 @@ def _size_bytes(model: nn.Module | Deployed) -> int:
 def _flops(model: nn.Module | Deployed, sample: Inputs) -> int | None:
     if not isinstance(model, nn.Module):
         return model.count_flops(sample)
-    with _unfused_attention(), FlopCounterMode(display=False) as counter:
+    with fused_attention_off(), FlopCounterMode(display=False) as counter:
         try:
             sample.call(model)
         except Exception as error:
@@ -258,17 +244,6 @@ def _flops(model: nn.Module | Deployed, sample: Inputs) -> int | None:
                 f"(one sample of them): {type(error).__name__}: {error}"
             ) from error
     return int(counter.get_total_flops())
-
-
-@contextmanager
-def _unfused_attention() -> Iterator[None]:
-    """The counter does not see into the fused kernel of ``nn.TransformerEncoderLayer``."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def _peak_memory(model: nn.Module | Deployed, batch: Inputs, num_threads: int, device: torch.device) -> int | None:

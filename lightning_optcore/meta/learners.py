@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_optcore.measurement.steps import Step, call_step
 from lightning_optcore.meta.functional import Parameters, functional
 from lightning_optcore.meta.meta_gradient import MetaGradient, MetaStep
 from lightning_optcore.meta.prototypes import num_classes, prototype_logits, prototype_loss, with_support
-from lightning_optcore.meta.recorded_step import RecordedStep, Step, call_step, replaced
+from lightning_optcore.meta.recorded_step import RecordedStep, replaced
 from lightning_optcore.meta.tasks import OnePerTask, TaskBatch, stacked
 
 PRE_ADAPTATION = "pre_adaptation/"

@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from lightning_optcore.measurement.steps import Step
 from lightning_optcore.meta.algorithms import in_head, last_layer
 from lightning_optcore.meta.functional import Parameters, learned_parameters
 from lightning_optcore.meta.learners import PRE_ADAPTATION, GradientLearner, Learner, PrototypeLearner
 from lightning_optcore.meta.meta_gradient import BACKENDS, Backend, MetaStep
-from lightning_optcore.meta.recorded_step import Step
 from lightning_optcore.meta.tasks import MetaLearningError, TaskBatch, task_batch
 from lightning_optcore.random_states import random_states, restore_random_states
 

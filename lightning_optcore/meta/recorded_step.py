@@ -6,11 +6,9 @@ torchmetrics goes out beside the loss, and is logged and counted afterwards.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from inspect import Parameter
 from typing import Any
 
 import torch
@@ -19,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torchmetrics import Metric, MetricCollection
 
+from lightning_optcore.measurement.steps import Step, call_step
 from lightning_optcore.meta.tasks import MetaLearningError, part
 
-Step = Callable[..., Any]
 _Metric = Metric | MetricCollection
 
 
@@ -131,15 +129,6 @@ class RecordedStep:
             if value is not None:
                 options = {"batch_size": len(tasks), **logged.options}
                 self._pl_module.log(f"{prefix}{logged.name}", value, *logged.arguments, **options)
-
-
-def call_step(step: Step, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-    """Call a step with those of the arguments that it takes."""
-    parameters = inspect.signature(step).parameters
-    kinds = [parameter.kind for parameter in parameters.values()]
-    positional = kinds.count(Parameter.POSITIONAL_OR_KEYWORD) + kinds.count(Parameter.POSITIONAL_ONLY)
-    given = (batch, batch_idx) if positional > 1 or Parameter.VAR_POSITIONAL in kinds else (batch,)
-    return step(*given, dataloader_idx=dataloader_idx) if "dataloader_idx" in parameters else step(*given)
 
 
 @contextmanager

@@ -6,9 +6,8 @@ by the gain in hypervolume of the optimistic quality at the exact cost, over the
 effort of its training where that is known; every fifth is the one of the greatest optimistic quality.
 
 What a network costs hints at its quality, and is a feature of the model. How often a value stands in an architecture is
-one (White et al., "A Study on Encodings for Neural Architecture
-Search", NeurIPS 2020), and so are zero-cost proxies (White et al., "How Powerful are Performance Predictors in Neural
-Architecture Search?", NeurIPS 2021).
+one (White et al., "A Study on Encodings for Neural Architecture Search", NeurIPS 2020), and so are zero-cost proxies
+(White et al., "How Powerful are Performance Predictors in Neural Architecture Search?", NeurIPS 2021).
 
 Successive halving over the epochs is not done here: ``TrialPruning(method="halving")`` ends the bad trainings of any
 searcher early.

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_optcore.measurement.steps import call_step
 from lightning_optcore.nas._lightning_compat import on_device, on_training_loader
 from lightning_optcore.nas._nni_compat import nni_nas
 from lightning_optcore.nas.split_loader import split_training_loader
@@ -35,7 +36,6 @@ from lightning_optcore.nas.supernet import (
 from lightning_optcore.nas.supernet_callbacks import (
     choose_in,
     supernet_in,
-    training_step,
     unobserved,
 )
 from lightning_optcore.random_states import random_states, restore_random_states
@@ -307,7 +307,7 @@ class DifferentiableSearch(Callback):
         self._stepped += 1
         collect(self._network, "resample")
         with _only_learns(pl_module, self._alphas), trainer.precision_plugin.train_step_context():
-            output = training_step(pl_module, batch, batch_idx)
+            output = call_step(pl_module.training_step, batch, batch_idx)
             loss = output["loss"] if isinstance(output, Mapping) else output
             if loss is None:
                 return

@@ -10,11 +10,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
+from lightning_optcore.measurement.steps import call_step
 from lightning_optcore.nas._lightning_compat import on_device
 from lightning_optcore.nas.evaluator import LightningEvaluator, interruptible
 from lightning_optcore.nas.once_for_all import recalibrate_batch_norm
 from lightning_optcore.nas.space import Architecture
-from lightning_optcore.nas.supernet_callbacks import training_step, unobserved
+from lightning_optcore.nas.supernet_callbacks import unobserved
 from lightning_optcore.nas.supernet_file import inheriting_modules, load_supernet
 
 Modules = Callable[[Architecture], LightningModule]
@@ -107,6 +108,6 @@ class _Recalibration(Callback):
 def _step(pl_module: Any, batch: Any) -> None:
     # A training step that steps its optimizers itself can only be trained with.
     if pl_module.automatic_optimization:
-        training_step(pl_module, batch, 0)
+        call_step(pl_module.training_step, batch, 0)
     else:
         pl_module.validation_step(batch, 0)

@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torchmetrics import Metric
 
@@ -34,12 +33,6 @@ def choose_in(pl_module: LightningModule, kind: str, which: Callable[[nn.Module]
     for module in pl_module.modules():
         if getattr(module, "supernet_kind", None) == kind:
             choose(module, which(module))
-
-
-def training_step(pl_module: LightningModule, batch: Any, batch_idx: int) -> Any:
-    """Return what a module's own training step does of a batch."""
-    with_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
-    return pl_module.training_step(batch, batch_idx) if with_index else pl_module.training_step(batch)
 
 
 @contextmanager

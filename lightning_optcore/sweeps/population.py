@@ -6,7 +6,6 @@ Source: Jaderberg et al., "Population Based Training of Neural Networks", 2017, 
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_optcore.random_states import random_state, restore_random_state
 from lightning_optcore.search.population_based import PopulationBasedTraining
 from lightning_optcore.sweeps._compat import restore_in_this_fit
 from lightning_optcore.sweeps.journal import open_journal
@@ -218,7 +218,7 @@ class PopulationMember(Callback):
         self._configured = configured(trainer.optimizers, _schedulers(trainer))
         # Before the first batches are drawn, which is earlier than the training starts.
         if self._inherited and trainer.world_size == 1:
-            _set_random_state(self._inherited["random"])
+            restore_random_state(self._inherited["random"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the hyperparameters that differ from the parent's; end after so many epochs."""
@@ -262,7 +262,7 @@ class PopulationMember(Callback):
         """Return what children need beside the Trainer's own state."""
         if self._configured is None:
             return {}
-        return {"configured": self._configured, "random": _random_state()}
+        return {"configured": self._configured, "random": random_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what the parent left."""
@@ -313,22 +313,3 @@ def _reapply_scheduler(scheduler: Any, old: Mapping[str, Any], new: Mapping[str,
             setattr(scheduler, name, _like(getattr(scheduler, name), new[name]))
     if hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-
-
-def _random_state() -> dict[str, Any]:
-    numbers: Any = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [numbers[0], numbers[1].tolist(), *numbers[2:]],
-        "python": random.getstate(),
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    random.setstate(state["python"])

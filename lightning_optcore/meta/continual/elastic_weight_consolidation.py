@@ -21,17 +21,18 @@ from torch.func import functional_call, grad, vmap
 
 from lightning_optcore.measurement.forward_calls import submodule
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
+from lightning_optcore.measurement.modes import evaluating
 from lightning_optcore.meta.continual.boundary import TaskCallback
-from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, in_full, scaled, trained_parameters
+from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, in_full, scaled
 from lightning_optcore.meta.continual.stepping import (
     Call,
     batch_size_of,
     calls_recorded,
-    evaluating,
     logits_of,
     loss_aside,
     training_batches,
 )
+from lightning_optcore.meta.functional import learned_parameters
 
 STEP = "elastic_weight_consolidation"
 FISHERS = ("auto", "model", "data")
@@ -61,7 +62,7 @@ def fisher_diagonal(network: nn.Module, inputs: Iterable[Inputs], *, labels_per_
         >>> fisher_diagonal(network, [Inputs.of(torch.randn(5, 2))])["weight"].shape
         torch.Size([3, 2])
     """
-    parameters = {name: value.detach() for name, value in trained_parameters(network).items()}
+    parameters = {name: value.detach() for name, value in learned_parameters(network).items()}
     total = {name: in_full(value) for name, value in parameters.items()}
     chunk = max(1, _MOST_NUMBERS // max(1, sum(value.numel() for value in parameters.values())))
     count = 0
@@ -284,7 +285,7 @@ class ElasticWeightConsolidation(TaskCallback):
         reduced = {name: trainer.strategy.reduce(value, reduce_op="mean") for name, value in found.items()}
         powered = {name: value.pow(self.power) for name, value in reduced.items()}
         importance = scaled(powered) if self.normalize else powered
-        self.penalty.add(importance, trained_parameters(pl_module), online=self.online, decay=self.decay)
+        self.penalty.add(importance, learned_parameters(pl_module), online=self.online, decay=self.decay)
 
     def _importance(self, trainer: Any, pl_module: Any) -> Tensors:
         # Random labels, and what the steps draw, are no business of the training that goes on.
@@ -307,7 +308,7 @@ class ElasticWeightConsolidation(TaskCallback):
                 for batch in samples
                 for i in range(batch_size_of(batch))
             )
-            return squared_gradients((loss for loss in losses if loss is not None), trained_parameters(pl_module))
+            return squared_gradients((loss for loss in losses if loss is not None), learned_parameters(pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the importance and the anchors."""
@@ -331,7 +332,7 @@ def _classifier(pl_module: Any, batch: Any) -> tuple[str, str | None]:
     if logits is None or logits.shape[:-1] != (size,) or not any(int(t.max()) < logits.shape[1] for t in labels):
         return name, "the network returns no logits (samples, classes) for labels (samples,)"
     inside = {id(parameter) for parameter in submodule(pl_module, name).parameters()}
-    outside = [own for own, parameter in trained_parameters(pl_module).items() if id(parameter) not in inside]
+    outside = [own for own, parameter in learned_parameters(pl_module).items() if id(parameter) not in inside]
     return name, f"{outside[0]} is trained but is no parameter of {name}" if outside else None
 
 

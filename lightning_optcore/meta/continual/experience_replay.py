@@ -15,14 +15,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_optcore.compression.distillation import distillation_loss
+from lightning_optcore.measurement.modes import evaluating
+from lightning_optcore.measurement.steps import Step
 from lightning_optcore.meta.continual.boundary import TaskCallback
 from lightning_optcore.meta.continual.buffer import SampleBuffer, with_samples
 from lightning_optcore.meta.continual.stepping import (
     Call,
-    Step,
     batch_size_of,
     calls_recorded,
-    evaluating,
     join_loss,
     join_step,
     last_logits,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 
 Tensors = dict[str, Tensor]
 # About that of the Fisher information of a small classifier that was trained.
@@ -167,8 +167,3 @@ def scaled(importance: Tensors, mean: float = MEAN_IMPORTANCE) -> Tensors:
 def in_full(tensor: Tensor) -> Tensor:
     """Return zeros in a tensor's shape in which small squares can be summed up: of at least 32 bits."""
     return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
-
-
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that have a gradient, by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

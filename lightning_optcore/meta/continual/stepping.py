@@ -17,8 +17,8 @@ from torchmetrics import Metric
 
 from lightning_optcore.measurement.forward_calls import replaced_forward
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
+from lightning_optcore.measurement.steps import Step, call_step
 
-Step = Callable[..., Any]
 _OF_A_METRIC = ("_update_count", "_computed", "_forward_cache")
 _INERT = ("log", "log_dict", "optimizers", "lr_schedulers", "manual_backward", "toggle_optimizer", "untoggle_optimizer")
 
@@ -146,30 +146,11 @@ def loss_aside(pl_module: Any, batch: Any) -> Tensor | None:
         step skips the batch.
     """
     step = type(pl_module).training_step.__get__(pl_module)
-    arguments = (batch, 0) if _takes_index(step) else (batch,)
     with _without_trace(pl_module) as losses, pl_module.trainer.precision_plugin.train_step_context():
-        output = step(*arguments)
+        output = call_step(step, batch, 0)
         if not pl_module.automatic_optimization:
             return torch.stack(losses).sum() if losses else None
         return output["loss"] if isinstance(output, dict) else output
-
-
-def _takes_index(step: Step) -> bool:
-    parameters = inspect.signature(step).parameters.values()
-    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    return len(positional) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every submodule into evaluation mode, and back into its own."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
 
 
 def training_batches(trainer: Any, pl_module: Any) -> Iterator[Any]:

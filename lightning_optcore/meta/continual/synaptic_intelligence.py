@@ -12,7 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_optcore.meta.continual.boundary import TaskCallback
-from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, in_full, scaled, trained_parameters
+from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, in_full, scaled
+from lightning_optcore.meta.functional import learned_parameters
 
 STEP = "synaptic_intelligence"
 
@@ -77,7 +78,7 @@ class SynapticIntelligence(TaskCallback):
 
     def begin_task(self, trainer: Any, pl_module: Any) -> None:
         """Follow every step."""
-        trained = trained_parameters(pl_module)
+        trained = learned_parameters(pl_module)
         if not self._start:
             self._start = {name: value.detach().clone() for name, value in trained.items()}
             self._path = {name: in_full(value) for name, value in self._start.items()}
@@ -97,7 +98,7 @@ class SynapticIntelligence(TaskCallback):
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         self._before = {
             name: (parameter.detach().clone(), parameter.grad.detach().clone())
-            for name, parameter in trained_parameters(pl_module).items()
+            for name, parameter in learned_parameters(pl_module).items()
             if id(parameter) in stepped and parameter.grad is not None
         }
 
@@ -111,7 +112,7 @@ class SynapticIntelligence(TaskCallback):
 
     def end_task(self, trainer: Any, pl_module: Any) -> None:
         """Sum up what the task did."""
-        trained = trained_parameters(pl_module)
+        trained = learned_parameters(pl_module)
         names = [
             name for name, value in trained.items() if name in self._path and value.shape == self._path[name].shape
         ]
