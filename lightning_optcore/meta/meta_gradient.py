@@ -168,7 +168,7 @@ class MetaGradient:
         parameters, buffers = learned_parameters(self.module), dict(self.module.named_buffers())
         given = dict(rates or {})
         if not batch.alike and self.chosen != "loop":
-            self._keep("loop", "the shapes of the tasks differ")
+            self.keep("loop", "the shapes of the tasks differ")
         if self._has_norms is None and self.chosen != "loop":
             self._look(parameters, buffers, batch)
         if self.chosen is None:
@@ -205,7 +205,7 @@ class MetaGradient:
                     together = torch.vmap(after, randomness="different")(batch.supports)
                     return [part(together, i) for i in range(batch.count)]
                 except RuntimeError as error:
-                    self._keep("loop", _why_no_vmap(error))
+                    self.keep("loop", _why_no_vmap(error))
             return [after(part(batch.supports, i)) for i in range(batch.count)]
 
     def _run(
@@ -332,7 +332,7 @@ class MetaGradient:
         self._has_norms = called.norms
         on_cpu = next(iter(parameters.values())).device.type == "cpu"
         if self.chosen is None and called.convolutions and on_cpu:
-            self._keep("loop", "convolutions by vmap take many times the memory on a CPU")
+            self.keep("loop", "convolutions by vmap take many times the memory on a CPU")
 
     def _choose(self, parameters: Parameters, buffers: Parameters, rates: Parameters, batch: TaskBatch) -> None:
         device = next(iter(parameters.values())).device
@@ -346,17 +346,18 @@ class MetaGradient:
                     seconds[backend], steps[backend] = self._timed(backend, parameters, buffers, rates, batch)
                 except RuntimeError as error:
                     if backend == "vmap":
-                        return self._keep("loop", _why_no_vmap(error))
+                        return self.keep("loop", _why_no_vmap(error))
                     raise _named(error) from error
             is_random = device.type == "cuda" or not torch.equal(before, torch.get_rng_state())
         difference = _difference(steps["vmap"].gradients, steps["loop"].gradients)
         if not is_random and not difference < _TOLERANCE:
-            return self._keep("loop", f"the gradient by vmap differs from it by {difference:.2g} of the greatest")
+            return self.keep("loop", f"the gradient by vmap differs from it by {difference:.2g} of the greatest")
         faster: Any = min(seconds, key=lambda one: seconds[one])
         times = ", ".join(f"{1e3 * taken:.3g} ms by {backend}" for backend, taken in seconds.items())
-        return self._keep(faster, f"a step takes {times}")
+        return self.keep(faster, f"a step takes {times}")
 
-    def _keep(self, backend: Literal["vmap", "loop"], reason: str) -> None:
+    def keep(self, backend: Literal["vmap", "loop"], reason: str) -> None:
+        """Use a backend from now on."""
         self.chosen, self.reason = backend, reason
         log.info("meta-learning: backend=%s; %s", backend, reason)
 

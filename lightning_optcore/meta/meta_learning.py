@@ -39,8 +39,8 @@ class MetaLearning(Callback):
     support set, batch norm to its statistics, and its own step sees the query set. What the steps log is the mean over
     the tasks after adaptation; ``pre_adaptation/<name>`` is the same before it.
 
-    The checkpoint holds the learned inner rates and the state of random numbers: a resumed training ends as it would
-    have without the interruption.
+    The checkpoint holds the learned inner rates, the backend and the state of random numbers: a resumed training ends
+    as it would have without the interruption.
 
     Args:
         algorithm: ``"maml"``; ``"fomaml"``, its first-order form; ``"anil"``, which adapts the head only;
@@ -178,14 +178,20 @@ class MetaLearning(Callback):
         self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner rates and the state of random numbers."""
-        return {"rates": {name: rate.detach() for name, rate in self._rates.items()}, "random": random_states()}
+        """Return the inner rates, the backend, by which sums are rounded, and the state of random numbers."""
+        return {
+            "rates": {name: rate.detach() for name, rate in self._rates.items()},
+            "backend": self._training.meta_gradient.chosen if self._training is not None else None,
+            "random": random_states(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them; random numbers only where a training goes on."""
+        """Restore them; backend and random numbers only where a training goes on."""
         if self.algorithm == "meta_sgd":
             self._rates = dict(state_dict["rates"])
-        if self._fitting:
+        if self._fitting and self._training is not None:
+            if self.backend == "auto" and state_dict["backend"] is not None:
+                self._training.meta_gradient.keep(state_dict["backend"], "as before the training was resumed")
             restore_random_states(state_dict["random"])
 
     def _learner(self, pl_module: LightningModule, training_step: Step, num_steps: int) -> Learner:
@@ -221,6 +227,9 @@ class MetaLearning(Callback):
 
     def _evaluation_step(self, name: str, own: Step, learner: Learner) -> Step:
         def step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            known = self._training.meta_gradient.chosen if self._training is not None else None
+            if known is not None and learner.meta_gradient.chosen is None:
+                learner.meta_gradient.keep(known, "as in the training")
             with _configuration_errors():
                 tasks, places = _tasks_in(batch), (batch_idx, dataloader_idx)
                 return learner.evaluate(name, own, tasks, places, self._rates, adapt=self.transfer_learning)

@@ -133,20 +133,21 @@ def test_a_step_is_along_the_gradient_of_maml(make_trainer):
 def test_every_algorithm_fits_validates_tests_predicts_and_resumes(make_trainer, tmp_path, algorithm):
     labels = algorithm == "protonet"
 
-    def run(max_epochs, ckpt_path=None, network=NETWORKS["dropout"]):
-        module, callback = a_module(network), MetaLearning(algorithm, adaptation_steps=2, inner_lr=0.02)
+    def run(ckpt_path=None):
+        module, callback = a_module(NETWORKS["dropout"]), MetaLearning(algorithm, adaptation_steps=2, inner_lr=0.02)
         if labels:
             module.network[-1] = nn.Linear(16, 4)
-        checkpoint = ModelCheckpoint(tmp_path / str(max_epochs), save_last=True)
-        trainer = make_trainer(callback, checkpoint, max_epochs=max_epochs, enable_checkpointing=True)
+        checkpoint = ModelCheckpoint(tmp_path / ("resumed" if ckpt_path else "whole"), "{epoch}", save_top_k=-1)
+        trainer = make_trainer(callback, checkpoint, max_epochs=3, enable_checkpointing=True)
         trainer.fit(module, tasks_of(labels=labels), tasks_of(8, first=100, labels=labels), ckpt_path=ckpt_path)
-        return trainer, module, checkpoint.last_model_path
+        return trainer, module, callback
 
-    whole, module, _ = run(3)
-    _, _, path = run(1)
-    _, resumed, last = run(3, path)
+    whole, module, _ = run()
+    _, resumed, callback = run(tmp_path / "whole" / "epoch=0.ckpt")
+    assert callback.backend_reason.endswith(": as before the training was resumed")
     for name, value in weights_of(module).items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+    last = tmp_path / "whole" / "epoch=2.ckpt"
     held_out = tasks_of(8, first=200, labels=labels)
     name = "acc" if labels else "loss"
     logged = whole.test(module, held_out, verbose=False)[0]
@@ -163,20 +164,20 @@ def test_every_algorithm_fits_validates_tests_predicts_and_resumes(make_trainer,
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_that_transforms_find_hard_learn_and_resume(make_trainer, tmp_path, name):
-    def run(max_epochs, ckpt_path=None):
+    def run(ckpt_path=None):
         module = a_module(NETWORKS[name])
-        checkpoint = ModelCheckpoint(tmp_path / str(max_epochs), save_last=True)
+        checkpoint = ModelCheckpoint(tmp_path / ("resumed" if ckpt_path else "whole"), "{epoch}", save_top_k=-1)
         trainer = make_trainer(
-            MetaLearning("maml", adaptation_steps=2), checkpoint, max_epochs=max_epochs, enable_checkpointing=True
+            MetaLearning("maml", adaptation_steps=2), checkpoint, max_epochs=2, enable_checkpointing=True
         )
         trainer.fit(module, tasks_of(16), tasks_of(8, first=100), ckpt_path=ckpt_path)
         trainer.test(module, tasks_of(8, first=200), verbose=False)
-        return module, checkpoint.last_model_path
+        return module
 
     before = weights_of(a_module(NETWORKS[name]))
-    module, _ = run(2)
+    module = run()
     assert any(not torch.equal(value, before[key]) for key, value in weights_of(module).items())
-    resumed, _ = run(2, run(1)[1])
+    resumed = run(tmp_path / "whole" / "epoch=0.ckpt")
     for key, value in weights_of(module).items():
         assert torch.equal(value, resumed.state_dict()[key]), key
 
