@@ -40,6 +40,7 @@ class LabelledEpisodes(Dataset[Task]):
         MetaLearningError: If there are not so many classes, or not so many samples of one.
 
     Example:
+        >>> from torch.utils.data import TensorDataset
         >>> data = TensorDataset(torch.randn(60, 4), torch.arange(60) % 6)
         >>> (x, labels), query = LabelledEpisodes(data, n_way=3, k_shot=2, num_query=4)[7]
         >>> x.shape, labels.tolist(), query[0].shape

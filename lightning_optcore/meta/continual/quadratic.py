@@ -50,7 +50,7 @@ def step_size(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parame
         parameter: One of the group.
 
     Example:
-        >>> p = nn.Parameter(torch.zeros(1))
+        >>> p = torch.nn.Parameter(torch.zeros(1))
         >>> sgd = torch.optim.SGD([p], lr=0.1, momentum=0.9)
         >>> round(step_size(sgd, sgd.param_groups[0], p), 3)
         1.0
