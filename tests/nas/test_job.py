@@ -132,8 +132,8 @@ def test_proxies_are_asked_for_by_name(optcore, tmp_path):
     assert "no synflow" not in done.stderr + done.stdout and "no naswot" not in done.stderr + done.stdout
     ((sweep, _),) = searches(tmp_path)
     # The model of the accuracy, the parameters being counted, has a length scale for each choice, for how often each
-    # of the five operations stands and for each proxy; and three numbers more.
-    assert [len(logs) for logs in sweep.state["own"]["logs"]] == [6 + 5 + 2 + 3]
+    # of the five operations stands, for each proxy and for the parameters; and three numbers more.
+    assert [len(logs) for logs in sweep.state["own"]["logs"]] == [6 + 5 + 2 + 1 + 3]
 
 
 def test_trials_begin_with_the_weights_of_a_parent(optcore, tmp_path):
