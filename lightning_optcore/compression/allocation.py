@@ -195,7 +195,14 @@ def _within_budgets(
     found: list[Made] = []
     for _ in range(_CORRECTIONS):
         problem, options = bench.problem({name: limit - off[name] for name, limit in budgets.items()}, "harm")
-        made = bench.made(dict(options[i] for i in solve(problem)))
+        try:
+            taken = solve(problem)
+        except AllocationError:
+            if not found:
+                raise
+            # The correction asks for more than there is: what was made may still do, or a uniform model.
+            break
+        made = bench.made(dict(options[i] for i in taken))
         if made in found:
             break
         found.append(made)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -268,6 +269,21 @@ def test_wrong_arguments_are_named(mlp, digits, arguments, message):
 def test_a_budget_below_the_smallest_possible_says_the_smallest(mlp, digits):
     with pytest.raises(AllocationError, match=r"budget_bytes=1000: below the smallest possible, which is \d{4,5}"):
         allocate(mlp, [digits[0][:64]], budget_bytes=1_000)
+
+
+def test_a_correction_that_leaves_no_choice_judges_what_was_made(mlp, digits):
+    budgets = []
+
+    def solver(problem):
+        if np.isfinite(problem.budgets).all():
+            budgets.append(problem.budgets.tolist())
+            if budgets[-1] != budgets[0]:
+                raise AllocationError("no choice meets the corrected budgets")
+        return solve_ilp(problem)
+
+    found = allocate(mlp, [digits[0][:64]], budget_latency_ms=1e3, solver=solver)
+    # The measured latency is another number than the predicted one, so that the budget was corrected.
+    assert len(budgets) == 2 and found.realised["latency_ms"] <= 1e3
 
 
 def test_a_network_without_layers_to_choose_for_is_named():
