@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, MixedPrecision, Precision
@@ -26,10 +27,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_optcore.distributed._compat import set_timeout
 from lightning_optcore.distributed.collectives import Collectives
 from lightning_optcore.distributed.communication import CASTS, LOCAL, Communication, begin_of, checked_options
+from lightning_optcore.distributed.connection import connect
 from lightning_optcore.distributed.exchange import ErrorFeedback
 from lightning_optcore.distributed.gradient_hook import GradientHook
+from lightning_optcore.distributed.guard import GuardedMultiprocessing, GuardedSubprocesses, RankGuard
 from lightning_optcore.distributed.link import Decision, decide, measure_link
 from lightning_optcore.distributed.local_updates import LocalUpdates, average_optimizers
 from lightning_optcore.distributed.power_sgd import PowerSGD
@@ -69,6 +73,8 @@ class OptCoreDDPStrategy(DDPStrategy):
     """
 
     strategy_name = "optcore_ddp"
+    # Until they train, ranks may wait longer for each other: data are prepared, models are loaded.
+    start_timeout = 300.0
 
     def __init__(
         self,
@@ -108,6 +114,7 @@ class OptCoreDDPStrategy(DDPStrategy):
             **ddp_kwargs,
         )
         self.retry_attempts = retry_attempts
+        self.guard = RankGuard(timeout)
         self.decision: Decision | None = None
         self.hook: GradientHook | None = None
         self.local_updates: LocalUpdates | None = None
@@ -136,9 +143,32 @@ class OptCoreDDPStrategy(DDPStrategy):
 
     # ---- the start ----
 
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        assert self.cluster_environment is not None
+        if self._start_method == "popen":
+            self._launcher = GuardedSubprocesses(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = GuardedMultiprocessing(self, start_method=self._start_method)
+        self._launcher.guard = self.guard
+
     def setup_distributed(self) -> None:
-        """Join the other ranks."""
-        super().setup_distributed()
+        """Join the other ranks, watch them, and resume what they saved if this is a restart."""
+        reset_seed()
+        self.set_world_ranks()
+        self._process_group_backend = self._get_process_group_backend()
+        assert self.cluster_environment is not None
+        store = connect(
+            self.cluster_environment,
+            self._process_group_backend,
+            start_timeout=self.start_timeout,
+            retry_attempts=self.retry_attempts,
+            device_id=None if self.root_device.type == "cpu" else self.root_device,
+        )
+        set_timeout(self.start_timeout)
+        self.guard.connected(
+            self._trainer, store, self.global_rank, self.world_size, self.cluster_environment.main_address
+        )
         self._collectives = self._collectives or Collectives()
         if self.world_size == 1 and self.communication != "none":
             rank_zero_warn(f"communication={self.communication!r}: there is one rank only, which has nobody to tell")
@@ -181,9 +211,16 @@ class OptCoreDDPStrategy(DDPStrategy):
             return GradientHook(self._collectives, compressor=compressor, start_step=options["start_step"])
         return GradientHook(self._collectives, cast=CASTS.get(communication))
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let a restart go on with the batch that was not done."""
+        self.guard.loader_is_made(self._trainer, dataloader)
+        return super().process_dataloader(dataloader)
+
     def on_train_start(self) -> None:
         """Take up what a checkpoint holds of the communication."""
         super().on_train_start()
+        self._ranks_are_ready()
+        self.guard.training_begins(self._trainer)
         self._steps = self._steps_logged = 0
         self._bytes_logged = self.bytes_sent
         shared, own = self._loaded or ({}, {})
@@ -203,7 +240,21 @@ class OptCoreDDPStrategy(DDPStrategy):
         if "random" in own:
             restore_random_state(own["random"])
 
+    def _ranks_are_ready(self) -> None:
+        assert self._timeout is not None
+        set_timeout(self._timeout.total_seconds())
+
     # ---- a step ----
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell the other ranks where this one is."""
+        self.guard.batch_begins(self._trainer.global_step)
+        self.guard.phase("training_step")
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Tell the other ranks where this one is."""
+        self.guard.phase("backward")
+        super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Count what DistributedDataParallel sent by itself."""
@@ -221,7 +272,14 @@ class OptCoreDDPStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> Any:
         """Make the optimizer's step, and exchange what was learned where its time has come."""
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+
+        def closure_before_step() -> Any:
+            loss = closure()
+            self.guard.phase("optimizer_step")
+            return loss
+
+        output = super().optimizer_step(optimizer, closure_before_step, model, **kwargs)
+        self.guard.phase("train_batch_end")
         # Of several optimizers the first one counts the steps.
         if optimizer is self.optimizers[0] and self.world_size > 1:
             self._steps += 1
@@ -314,11 +372,26 @@ class OptCoreDDPStrategy(DDPStrategy):
     def on_validation_start(self) -> None:
         """Bring the ranks together, so that one model is validated."""
         super().on_validation_start()
+        self._ranks_are_ready()
+        self.guard.phase("validation")
         self._bring_together()
+
+    def on_test_start(self) -> None:
+        """Tell the other ranks where this one is."""
+        super().on_test_start()
+        self._ranks_are_ready()
+        self.guard.phase("test")
+
+    def on_predict_start(self) -> None:
+        """Tell the other ranks where this one is."""
+        super().on_predict_start()
+        self._ranks_are_ready()
+        self.guard.phase("prediction")
 
     def on_train_end(self) -> None:
         """Bring the ranks together for good."""
         super().on_train_end()
+        self.guard.phase("train_end")
         self._bring_together()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -326,12 +399,18 @@ class OptCoreDDPStrategy(DDPStrategy):
         self._bring_together()
         return super().lightning_module_state_dict()
 
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for the other ranks."""
+        with self.guard.within("barrier"):
+            super().barrier(*args, **kwargs)
+
     def _bring_together(self) -> None:
-        if self.local_updates is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        if self.local_updates is not None and not self.guard.alone and self._trainer.state.fn == TrainerFn.FITTING:
             self.local_updates.bring_together()
 
     def teardown(self) -> None:
         """Leave the other ranks."""
+        self.guard.close()
         self.local_updates = self.hook = None
         super().teardown()
 
@@ -341,13 +420,18 @@ class OptCoreDDPStrategy(DDPStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint; what ranks have each of their own stands in files beside it, one for a rank."""
-        with_own = "optimizer_states" in checkpoint and self.communication != "none" and self.world_size > 1
-        own = self._own_state() if with_own else {}
-        if with_own:
-            checkpoint[STATE] = {**self._shared_state(), "own": own}
+        own = self.add_state(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if with_own and not self.is_global_zero:
+        if own and not self.is_global_zero:
             self.checkpoint_io.save_checkpoint(own, self._own_path(filepath))
+
+    def add_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Add to a checkpoint what this strategy remembers, and return this rank's own part of it."""
+        if "optimizer_states" not in checkpoint or self.communication == "none" or self.world_size == 1:
+            return {}
+        own = self._own_state()
+        checkpoint[STATE] = {**self._shared_state(), "own": own}
+        return own
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Remove a checkpoint, with what stands beside it."""

@@ -1,0 +1,42 @@
+"""What torch and Lightning do not offer in public: a group's store and timeout, and to resume from elsewhere."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch.distributed import distributed_c10d
+
+
+def default_store() -> torch.distributed.Store:
+    """Return the store of the default process group.
+
+    ``init_process_group`` makes one from the environment and keeps it to itself.
+    """
+    return distributed_c10d._get_default_store()
+
+
+def set_timeout(seconds: float) -> None:
+    """Let the collectives of the default process group wait for so long from now on.
+
+    ``init_process_group(timeout=...)`` sets one value for the start, which may take long, and for all that follows.
+    """
+    distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), torch.distributed.group.WORLD)
+
+
+def resume_from(trainer: Trainer, path: Path) -> None:
+    """Let the fit that is being set up restore a checkpoint, whatever its caller gave.
+
+    ``Trainer.fit`` takes the path as an argument, before ranks can talk to each other; nothing sets it later.
+    """
+    connector = trainer._checkpoint_connector
+    restore = connector._restore_modules_and_callbacks
+
+    def restore_ours(checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+        connector._restore_modules_and_callbacks = restore  # type: ignore[method-assign]
+        restore(path, weights_only)
+
+    connector._restore_modules_and_callbacks = restore_ours  # type: ignore[method-assign]
