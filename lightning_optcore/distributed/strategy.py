@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -73,7 +74,7 @@ class OptCoreDDPStrategy(DDPStrategy):
     def __init__(
         self,
         communication: Communication = "none",
-        communication_options: Mapping[str, Any] | None = None,
+        communication_options: Mapping[str, Any] = MappingProxyType({}),
         timeout: float = 30.0,
         retry_attempts: int = 3,
         backend: str | None = None,
@@ -91,7 +92,7 @@ class OptCoreDDPStrategy(DDPStrategy):
         if not isinstance(retry_attempts, int) or retry_attempts < 0:
             raise MisconfigurationException(f"retry_attempts={retry_attempts!r}: expected a whole number, 0 or more")
         self.communication: str = communication
-        self.communication_options = checked_options(communication, dict(communication_options or {}))
+        self.communication_options = checked_options(communication, communication_options)
         if communication != "none" and ddp_kwargs.get("ddp_comm_hook") is not None:
             raise MisconfigurationException(
                 f"communication={communication!r} and ddp_comm_hook: there is one hook; expected communication='none'"

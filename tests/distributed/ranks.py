@@ -1,0 +1,55 @@
+"""Runs a function on several gloo ranks, each a process of its own that is forked from one which has torch loaded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_optcore.strategies"])
+
+
+def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, seconds: float = 90) -> list[Any]:
+    """Return, by rank, what ``function(*args)`` returned; it finds itself launched as torchrun would have done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    receivers, processes = [], []
+    for rank in range(world_size):
+        receiver, sender = _PROCESSES.Pipe(duplex=False)
+        process = _PROCESSES.Process(target=_rank, args=(function, args, rank, world_size, port, sender), daemon=True)
+        process.start()
+        sender.close()
+        receivers.append(receiver)
+        processes.append(process)
+    try:
+        results = []
+        for rank, receiver in enumerate(receivers):
+            assert receiver.poll(seconds), f"rank {rank} did not answer within {seconds} s"
+            ended_well, result = receiver.recv()
+            assert ended_well, result
+            results.append(pickle.loads(result))
+        return results
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _rank(
+    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int, sender: Any
+) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0", "WORLD_SIZE": str(world_size),
+    }  # fmt: skip
+    try:
+        # By value: the process may be gone before what it shares is read.
+        sender.send((True, pickle.dumps(function(*args))))
+    except BaseException:
+        sender.send((False, traceback.format_exc()))
