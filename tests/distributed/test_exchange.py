@@ -63,7 +63,7 @@ def test_all_ranks_get_the_mean_of_what_all_said_and_in_the_long_run_of_all(worl
         assert all(torch.equal(mean, means[0]) for mean in means)
         if not (name.startswith("int") and world_size > 2):
             said = torch.stack([rank[name][0] for rank in ranks]).mean(0)
-            torch.testing.assert_close(means[0], said, atol=0.01 if name == "bf16" else 1e-5, rtol=0)
+            torch.testing.assert_close(means[0], said, atol=0.02 if name == "bf16" else 1e-5, rtol=0)
         # The rounding of the sum in bf16, and of the means of more than two ranks, is on top, and is not fed back.
         tolerance = {"fp32": 1e-6, "bf16": 0.02, "int8": 0.01, "int4": 0.4, "topk": 0.4}[name]
         assert (ranks[0][name][2] - exact).abs().max() < tolerance
