@@ -34,7 +34,7 @@ from lightning_optcore.distributed.gradient_hook import GradientHook
 from lightning_optcore.distributed.link import Decision, decide, measure_link
 from lightning_optcore.distributed.local_updates import LocalUpdates, average_optimizers
 from lightning_optcore.distributed.power_sgd import PowerSGD
-from lightning_optcore.random_states import random_state, restore_random_state
+from lightning_optcore.random_states import random_states, restore_random_states
 
 STATE = "optcore_ddp"
 # With communication="auto" ranks learn by themselves for so many steps, of which the first ones are not timed.
@@ -66,7 +66,7 @@ class OptCoreDDPStrategy(DDPStrategy):
     Example:
         >>> strategy = OptCoreDDPStrategy("diloco", {"period": 32, "exchange": "int4"})
         >>> strategy.communication_options["outer_momentum"]
-        0.3
+        0.6
     """
 
     strategy_name = "optcore_ddp"
@@ -144,6 +144,12 @@ class OptCoreDDPStrategy(DDPStrategy):
         if self.world_size == 1 and self.communication != "none":
             rank_zero_warn(f"communication={self.communication!r}: there is one rank only, which has nobody to tell")
 
+    def setup(self, trainer: Trainer) -> None:
+        """Wrap the module for a new run."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.hook = self.decision = None
+        super().setup(trainer)
+
     def configure_ddp(self) -> None:
         """Wrap the module, and have its gradients averaged as was asked for."""
         scaler = self.precision_plugin.scaler if isinstance(self.precision_plugin, MixedPrecision) else None
@@ -201,8 +207,6 @@ class OptCoreDDPStrategy(DDPStrategy):
             for optimizer, state in zip(self.optimizers, own.get("optimizers", ()), strict=False):
                 optimizer.load_state_dict(state)
             _optimizers_to_device(self.optimizers, self.root_device)
-        if "random" in own:
-            restore_random_state(own["random"])
 
     # ---- a step ----
 
@@ -302,7 +306,7 @@ class OptCoreDDPStrategy(DDPStrategy):
     def _log_bytes(self) -> None:
         trainer = self._trainer
         # Set by the Trainer's connector of loggers, without a declaration.
-        if self._steps % getattr(trainer, "log_every_n_steps", 1) and self._steps_logged:
+        if self._steps % getattr(trainer, "log_every_n_steps", 1) and not self._ends_an_epoch():
             return
         if not trainer.barebones and (steps := self._steps - self._steps_logged):
             sent = (self.bytes_sent - self._bytes_logged) / steps
@@ -333,7 +337,7 @@ class OptCoreDDPStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         """Leave the other ranks."""
-        self.local_updates = self.hook = None
+        self.local_updates = None
         super().teardown()
 
     # ---- checkpoints ----
@@ -342,12 +346,12 @@ class OptCoreDDPStrategy(DDPStrategy):
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint; what ranks have each of their own stands in files beside it, one for a rank."""
-        with_own = "optimizer_states" in checkpoint and self.communication != "none" and self.world_size > 1
-        own = self._own_state() if with_own else {}
-        if with_own:
-            checkpoint[STATE] = {**self._shared_state(), "own": own}
+        own = {}
+        if "optimizer_states" in checkpoint and self.world_size > 1:
+            own = self._own_state()
+            checkpoint[STATE] = {**self._shared_state(), "random": random_states(), "own": own}
         super().save_checkpoint(checkpoint, filepath, storage_options)
-        if with_own and not self.is_global_zero:
+        if own and not self.is_global_zero:
             self.checkpoint_io.save_checkpoint(own, self._own_path(filepath))
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -365,6 +369,12 @@ class OptCoreDDPStrategy(DDPStrategy):
             self._loaded = shared, self._own_of(shared, checkpoint_path)
         return checkpoint
 
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the optimizers, and each rank's random numbers."""
+        super().load_optimizer_state_dict(checkpoint)
+        if self._loaded is not None:
+            restore_random_states(self._loaded[0]["random"])
+
     def _own_of(self, shared: Mapping[str, Any], checkpoint_path: str | Path) -> dict[str, Any]:
         if shared["world_size"] != self.world_size:
             rank_zero_warn(
@@ -372,7 +382,7 @@ class OptCoreDDPStrategy(DDPStrategy):
                 "had not sent yet is left out"
             )
             return {}
-        if self.is_global_zero:
+        if self.is_global_zero or not shared["own"]:
             return dict(shared["own"])
         try:
             return self.checkpoint_io.load_checkpoint(self._own_path(os.path.realpath(checkpoint_path)))
@@ -397,9 +407,9 @@ class OptCoreDDPStrategy(DDPStrategy):
         return state
 
     def _own_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"random": random_state()}
-        if self.hook is not None:
-            state["hook"] = self.hook.own_state()
+        state: dict[str, Any] = {}
+        if self.hook is not None and (own := self.hook.own_state()):
+            state["hook"] = own
         if self.local_updates is not None:
             state["local_updates"] = self.local_updates.own_state()
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
