@@ -2,6 +2,7 @@
 
 # Without "from __future__ import annotations": DistributedDataParallel compares the annotations of a hook.
 from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -47,13 +48,16 @@ class GradientHook:
         # Called when this rank's gradients are computed, before it waits for the others.
         self.on_computed: Callable[[], None] | None = None
         self._waiting: list[tuple[GradBucket, Future[Tensor]]] = []
-        self._name_of: dict[int, str] = {}
-        # Whose values the residual of an error feedback holds, in its order.
+        self._names: list[str] = []
+        self._place_of: dict[int, int] = {}
+        # Whose values the residual of an error feedback holds.
         self._layout: list[tuple[str, int]] = []
 
     def attach(self, model: nn.parallel.DistributedDataParallel) -> None:
         """Become the hook of a wrapped module."""
-        self._name_of = {id(parameter): name for name, parameter in model.module.named_parameters()}
+        named = list(model.module.named_parameters())
+        self._names = [name for name, _ in named]
+        self._place_of = {id(parameter): place for place, (_, parameter) in enumerate(named)}
         self._waiting = []
         model.register_comm_hook(self, _on_bucket)
 
@@ -94,26 +98,33 @@ class GradientHook:
         return future
 
     def _average(self, buckets: list[GradBucket]) -> None:
-        names = [self._name_of[id(one)] for bucket in buckets for one in bucket.parameters()]
-        gradients = [gradient for bucket in buckets for gradient in bucket.gradients()]
+        # In the order of the module: buckets are filled in another one after the first step, and after a resume.
+        found = sorted(
+            (
+                (self._place_of[id(parameter)], gradient)
+                for bucket in buckets
+                for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True)
+            ),
+            key=itemgetter(0),
+        )
+        names, gradients = [self._names[place] for place, _ in found], [gradient for _, gradient in found]
         if isinstance(self.compressor, PowerSGD):
             self.compressor.average(names, gradients, self.collectives)
             return
         assert self.compressor is not None
-        self._lay_out([(name, gradient.numel()) for name, gradient in zip(names, gradients, strict=True)])
-        buffers = [bucket.buffer() for bucket in buckets]
-        mean = self.compressor(torch.cat(buffers), self.collectives).finish()
-        for buffer, part in zip(buffers, mean.split([len(buffer) for buffer in buffers]), strict=True):
-            buffer.copy_(part)
+        self._follow_layout([(name, gradient.numel()) for name, gradient in zip(names, gradients, strict=True)])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        mean = self.compressor(flat, self.collectives).finish()
+        for gradient, part in zip(gradients, mean.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
-    def _lay_out(self, layout: list[tuple[str, int]]) -> None:
-        """Bring the residual into another order of the parameters: buckets are built anew after the first step."""
+    def _follow_layout(self, layout: list[tuple[str, int]]) -> None:
+        """Keep the residuals of the parameters that are as they were; one that was cut has none any more."""
         compressor = self.compressor
         if layout == self._layout or not isinstance(compressor, ErrorFeedback):
             return
         if compressor.residual is not None:
             known = dict(zip(self._layout, compressor.residual.split([size for _, size in self._layout]), strict=True))
-            # A parameter that was cut has no residual any more.
             parts = [known.get(key, compressor.residual.new_zeros(key[1])) for key in layout]
             compressor.residual = torch.cat(parts)
         self._layout = layout

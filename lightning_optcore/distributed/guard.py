@@ -70,9 +70,9 @@ class RankGuard:
                     self.watch.failed(error)
                 raise
             self.alone = True
-            saved = self._save(trainer)
-            # Nobody is to wait for the others any more, as in the barriers of callbacks.
+            # Nobody is to wait for the others any more, as callbacks would whose states are of all ranks.
             torch.distributed.destroy_process_group()
+            saved = self._save(trainer)
             raise RankFailure(failure, f"Resume with ckpt_path={str(saved)!r}" if saved else "") from error
 
     def _failure_behind(self, error: Exception) -> Any:

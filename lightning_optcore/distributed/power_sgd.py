@@ -43,12 +43,14 @@ class PowerSGD:
             gradients: Theirs, of any shape.
             collectives: Whose ranks take part.
         """
+        by_name = dict(zip(names, gradients, strict=True))
+        # Copies: the gradients of a module in channels_last are no matrices in memory.
         factored = {
-            name: gradient.view(len(gradient), -1)
-            for name, gradient in zip(names, gradients, strict=True)
+            name: gradient.reshape(len(gradient), -1).clone()
+            for name, gradient in by_name.items()
             if self._is_factored(gradient)
         }
-        whole = [gradient for name, gradient in zip(names, gradients, strict=True) if name not in factored]
+        whole = [gradient for name, gradient in by_name.items() if name not in factored]
         for name, matrix in factored.items():
             # A gradient of another shape is that of a parameter that was cut: what was kept of it is void.
             if name in self.residuals and self.residuals[name].shape == matrix.shape:
@@ -66,7 +68,7 @@ class PowerSGD:
             self.right_factors[name] = right
             told = left @ right.t()
             self.residuals[name] = (matrix - told).nan_to_num_(0.0, 0.0, 0.0)
-            matrix.copy_(told)
+            by_name[name].copy_(told.view_as(by_name[name]))
 
     def _is_factored(self, gradient: Tensor) -> bool:
         if gradient.ndim < 2:

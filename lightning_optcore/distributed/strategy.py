@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import torch
@@ -37,7 +38,7 @@ from lightning_optcore.distributed.guard import GuardedMultiprocessing, GuardedS
 from lightning_optcore.distributed.link import Decision, decide, measure_link
 from lightning_optcore.distributed.local_updates import LocalUpdates, average_optimizers
 from lightning_optcore.distributed.power_sgd import PowerSGD
-from lightning_optcore.random_states import random_state, restore_random_state
+from lightning_optcore.random_states import random_states, restore_random_states
 
 STATE = "optcore_ddp"
 # With communication="auto" ranks learn by themselves for so many steps, of which the first ones are not timed.
@@ -69,7 +70,7 @@ class OptCoreDDPStrategy(DDPStrategy):
     Example:
         >>> strategy = OptCoreDDPStrategy("diloco", {"period": 32, "exchange": "int4"})
         >>> strategy.communication_options["outer_momentum"]
-        0.3
+        0.6
     """
 
     strategy_name = "optcore_ddp"
@@ -79,7 +80,7 @@ class OptCoreDDPStrategy(DDPStrategy):
     def __init__(
         self,
         communication: Communication = "none",
-        communication_options: Mapping[str, Any] | None = None,
+        communication_options: Mapping[str, Any] = MappingProxyType({}),
         timeout: float = 30.0,
         retry_attempts: int = 3,
         backend: str | None = None,
@@ -97,7 +98,7 @@ class OptCoreDDPStrategy(DDPStrategy):
         if not isinstance(retry_attempts, int) or retry_attempts < 0:
             raise MisconfigurationException(f"retry_attempts={retry_attempts!r}: expected a whole number, 0 or more")
         self.communication: str = communication
-        self.communication_options = checked_options(communication, dict(communication_options or {}))
+        self.communication_options = checked_options(communication, communication_options)
         if communication != "none" and ddp_kwargs.get("ddp_comm_hook") is not None:
             raise MisconfigurationException(
                 f"communication={communication!r} and ddp_comm_hook: there is one hook; expected communication='none'"
@@ -173,6 +174,12 @@ class OptCoreDDPStrategy(DDPStrategy):
         if self.world_size == 1 and self.communication != "none":
             rank_zero_warn(f"communication={self.communication!r}: there is one rank only, which has nobody to tell")
 
+    def setup(self, trainer: Trainer) -> None:
+        """Wrap the module for a new run."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.hook = self.decision = None
+        super().setup(trainer)
+
     def configure_ddp(self) -> None:
         """Wrap the module, and have its gradients averaged as was asked for."""
         scaler = self.precision_plugin.scaler if isinstance(self.precision_plugin, MixedPrecision) else None
@@ -237,8 +244,6 @@ class OptCoreDDPStrategy(DDPStrategy):
             for optimizer, state in zip(self.optimizers, own.get("optimizers", ()), strict=False):
                 optimizer.load_state_dict(state)
             _optimizers_to_device(self.optimizers, self.root_device)
-        if "random" in own:
-            restore_random_state(own["random"])
 
     def _ranks_are_ready(self) -> None:
         assert self._timeout is not None
@@ -359,7 +364,7 @@ class OptCoreDDPStrategy(DDPStrategy):
     def _log_bytes(self) -> None:
         trainer = self._trainer
         # Set by the Trainer's connector of loggers, without a declaration.
-        if self._steps % getattr(trainer, "log_every_n_steps", 1) and self._steps_logged:
+        if self._steps % getattr(trainer, "log_every_n_steps", 1) and not self._ends_an_epoch():
             return
         if not trainer.barebones and (steps := self._steps - self._steps_logged):
             sent = (self.bytes_sent - self._bytes_logged) / steps
@@ -411,7 +416,7 @@ class OptCoreDDPStrategy(DDPStrategy):
     def teardown(self) -> None:
         """Leave the other ranks."""
         self.guard.close()
-        self.local_updates = self.hook = None
+        self.local_updates = None
         super().teardown()
 
     # ---- checkpoints ----
@@ -427,10 +432,10 @@ class OptCoreDDPStrategy(DDPStrategy):
 
     def add_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Add to a checkpoint what this strategy remembers, and return this rank's own part of it."""
-        if "optimizer_states" not in checkpoint or self.communication == "none" or self.world_size == 1:
+        if "optimizer_states" not in checkpoint or self.world_size == 1:
             return {}
         own = self._own_state()
-        checkpoint[STATE] = {**self._shared_state(), "own": own}
+        checkpoint[STATE] = {**self._shared_state(), "random": random_states(), "own": own}
         return own
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -448,6 +453,12 @@ class OptCoreDDPStrategy(DDPStrategy):
             self._loaded = shared, self._own_of(shared, checkpoint_path)
         return checkpoint
 
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the optimizers, and each rank's random numbers."""
+        super().load_optimizer_state_dict(checkpoint)
+        if self._loaded is not None:
+            restore_random_states(self._loaded[0]["random"])
+
     def _own_of(self, shared: Mapping[str, Any], checkpoint_path: str | Path) -> dict[str, Any]:
         if shared["world_size"] != self.world_size:
             rank_zero_warn(
@@ -455,7 +466,7 @@ class OptCoreDDPStrategy(DDPStrategy):
                 "had not sent yet is left out"
             )
             return {}
-        if self.is_global_zero:
+        if self.is_global_zero or not shared["own"]:
             return dict(shared["own"])
         try:
             return self.checkpoint_io.load_checkpoint(self._own_path(os.path.realpath(checkpoint_path)))
@@ -480,9 +491,9 @@ class OptCoreDDPStrategy(DDPStrategy):
         return state
 
     def _own_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"random": random_state()}
-        if self.hook is not None:
-            state["hook"] = self.hook.own_state()
+        state: dict[str, Any] = {}
+        if self.hook is not None and (own := self.hook.own_state()):
+            state["hook"] = own
         if self.local_updates is not None:
             state["local_updates"] = self.local_updates.own_state()
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
