@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -86,14 +87,30 @@ def test_without_torchrun_the_failure_is_named_and_the_state_is_kept(tmp_path, r
     assert len(checkpoint["optimizer_states"]) == 1
 
 
-@pytest.mark.parametrize("how", ["die", "stop", "hang"])
-def test_torchrun_goes_on_by_itself(tmp_path, how):
-    ended = start(tmp_path, f"--fail={how}", torchrun=True)
+def test_torchrun_goes_on_by_itself(tmp_path):
+    ended = start(tmp_path, "--fail=die", torchrun=True)
     assert ended.returncode == 0, ended.stderr
-    assert ("died" if how == "die" else "stalled") in ended.stderr
     steps = [(line["restart"], line["step"]) for line in log(tmp_path) if line["what"] == "batch"]
     assert steps == [(0, step) for step in range(1, 8)] + [(1, step) for step in range(8, 21)]
     assert not (tmp_path / "rescues").exists()
+
+
+@pytest.mark.parametrize("how", ["stop", "hang"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stalls_is_named_and_ended_and_the_state_is_kept(tmp_path, how, rank):
+    ranks = run_ranks(partial(run, restart=0), str(tmp_path), f"--fail={how}", f"--fail-rank={rank}", dying=[rank])
+    assert ranks[rank] == -signal.SIGKILL
+    known = ranks[1 - rank]
+    assert re.match(rf"rank {rank} \([^,]+, pid \d+\) stalled after step 7 in training_step: ", known)
+    assert f"step=7-rank={1 - rank}.ckpt" in known
+
+
+def test_an_error_of_one_rank_is_named_by_the_other(tmp_path):
+    ended = start(tmp_path, "--fail=raise", "--fail-rank=1")
+    assert "ValueError: no such label" in ended.stderr
+    assert re.search(
+        r"RankFailure: rank 1 .+ failed after step 7 in training_step: ValueError: no such label", ended.stderr
+    )
 
 
 CASES = {
@@ -123,3 +140,16 @@ def test_a_restart_does_what_was_not_done_and_ends_as_if_nothing_had_happened(tm
     assert done(broken) == done(whole)
     equal_weights(whole, broken)
     assert not (broken / "rescues").exists()
+
+
+@pytest.mark.parametrize("communication", ["int8", "powersgd", "diloco"])
+def test_what_a_way_to_communicate_remembers_is_rescued(tmp_path, communication):
+    options = [str(tmp_path), f"--communication={communication}"]
+    said = run_ranks(partial(run, restart=0), *options, "--fail=die", dying=[1])[0]
+    assert "Resume with ckpt_path=" in said
+    run_ranks(partial(run, restart=1), *options)
+    # Of ranks that learn by themselves the other one goes on until it would exchange what it learned.
+    rescued = int(said.split("step=")[1].split("-rank")[0])
+    assert rescued >= 7
+    steps = [(line["restart"], line["step"]) for line in log(tmp_path) if line["what"] == "batch"]
+    assert steps == [(0, step) for step in range(1, rescued + 1)] + [(1, step) for step in range(rescued + 1, 21)]
