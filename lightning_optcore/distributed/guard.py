@@ -121,6 +121,12 @@ class RankGuard:
         if self.watch is not None:
             self.watch.step = step
 
+    def step_is_made(self) -> None:
+        """Count an optimizer step."""
+        if self.watch is not None:
+            self.watch.step += 1
+            self.watch.phase("train_batch_end")
+
     def phase(self, name: str) -> None:
         """Tell the other ranks what this one does."""
         if self.watch is not None:

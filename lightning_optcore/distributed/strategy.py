@@ -284,7 +284,7 @@ class OptCoreDDPStrategy(DDPStrategy):
             return loss
 
         output = super().optimizer_step(optimizer, closure_before_step, model, **kwargs)
-        self.guard.phase("train_batch_end")
+        self.guard.step_is_made()
         # Of several optimizers the first one counts the steps.
         if optimizer is self.optimizers[0] and self.world_size > 1:
             self._steps += 1

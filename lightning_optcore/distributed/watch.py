@@ -30,6 +30,7 @@ import torch
 from lightning_optcore.distributed.failures import Failure, Process, State, behind
 from lightning_optcore.distributed.gathering import gather
 from lightning_optcore.distributed.lines import Link, local_address
+from lightning_optcore.distributed.position import Position
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ _GREETING = 10.0  # seconds to prove to be a rank
 @dataclass
 class _Peer:
     process: Process
+    position: Position | None = None
     link: Link | None = None
     step: int = 0
     phase: str = "start"
@@ -49,7 +51,13 @@ class _Peer:
     moved: float = 0.0
     waits: bool = False
 
+    def recall(self) -> None:
+        """Learn where it is, or was at its end, rather than where it was half a second ago."""
+        if self.position is not None:
+            self.step, self.phase = self.position.read()
+
     def state(self, now: float) -> State:
+        self.recall()
         still, silent = round(now - self.moved, 1), round(now - self.heard, 1)
         return State(self.process, self.step, self.phase, still, silent, self.waits)
 
@@ -93,6 +101,7 @@ class RankWatch:
         self.step = 0
         self.current_phase = "start"
         self._moves = 0
+        self._position: Position | None = None
         self._rank = rank
         self._world_size = world_size
         self._store = store
@@ -119,15 +128,25 @@ class RankWatch:
         """Tell what this rank does from now on."""
         self.current_phase = name
         self._moves += 1
+        if self._position is not None:
+            self._position.write(self.step, name.encode())
 
     def start(self) -> None:
         """Connect the ranks; every rank must call it. What cannot be watched is logged and does not fail."""
         me = Process.here(self._rank)
-        everyone = [Process(**one) for one in self._gather("watch/processes", asdict(me))]
-        self._peers = {process.rank: _Peer(process) for process in everyone}
+        with contextlib.suppress(OSError):
+            self._position = Position.create()
+        path = self._position.path if self._position is not None else ""
+        said = self._gather("watch/processes", [asdict(me), path])
+        everyone = [Process(**process) for process, _ in said]
+        for process, path in said:
+            seen = process["machine"] == me.machine and 0 in (process["rank"], self._rank)
+            self._peers[process["rank"]] = _Peer(Process(**process), Position.open(path) if seen else None)
         one_machine = len({process.machine for process in everyone}) == 1
         place = self._listen("127.0.0.1" if one_machine else None) if self._rank == 0 else None
         place = self._gather("watch/place", place)[0]
+        if self._position is not None:
+            self._position.unlink()  # all have opened it
         if self._world_size > 1 and place is not None:
             self._connect(place)
             _open.add(self)
@@ -352,6 +371,7 @@ class RankWatch:
                 # Another rank was faster to end it.
                 self._know(_stalled(peer.state(now), f"silent for {now - heard:.0f} s"))
             else:
+                peer.recall()
                 self._know(Failure(peer.process, peer.step, peer.phase, "died"))
 
     def _ask(self, now: float) -> None:
