@@ -6,10 +6,12 @@ Everything that ranks send is counted; what a way to communicate remembers is pa
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_optcore.distributed._compat import agree_on_signals_when
 from lightning_optcore.distributed.collectives import Collectives
 from lightning_optcore.distributed.communication import CASTS, LOCAL, Communication, begin_of, checked_options
 from lightning_optcore.distributed.exchange import ErrorFeedback
@@ -34,6 +37,8 @@ from lightning_optcore.distributed.gradient_hook import GradientHook
 from lightning_optcore.distributed.link import Decision, decide, measure_link
 from lightning_optcore.distributed.local_updates import LocalUpdates, average_optimizers
 from lightning_optcore.distributed.power_sgd import PowerSGD
+from lightning_optcore.distributed.rank_times import RankTimes, StepClock, straggler_of
+from lightning_optcore.distributed.uneven_inputs import EvenBatches
 from lightning_optcore.random_states import random_states, restore_random_states
 
 STATE = "optcore_ddp"
@@ -57,6 +62,8 @@ class OptCoreDDPStrategy(DDPStrategy):
         timeout: Seconds after which a rank that does not answer is given up.
         retry_attempts: How often ranks try to find each other at the start.
         backend: ``"gloo"`` or ``"nccl"``; by default the one of the device.
+        uneven_inputs: Whether ranks may have unlike numbers of batches: one that has no more goes on with its last
+            batch, which counts for nothing.
         ddp_kwargs: For ``DistributedDataParallel``, such as ``find_unused_parameters`` and ``static_graph``.
 
     Raises:
@@ -78,6 +85,7 @@ class OptCoreDDPStrategy(DDPStrategy):
         timeout: float = 30.0,
         retry_attempts: int = 3,
         backend: str | None = None,
+        uneven_inputs: bool = False,
         *,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -109,6 +117,8 @@ class OptCoreDDPStrategy(DDPStrategy):
             **ddp_kwargs,
         )
         self.retry_attempts = retry_attempts
+        self.uneven_inputs = uneven_inputs
+        self.rank_times: list[RankTimes] = []
         self.decision: Decision | None = None
         self.hook: GradientHook | None = None
         self.local_updates: LocalUpdates | None = None
@@ -120,6 +130,10 @@ class OptCoreDDPStrategy(DDPStrategy):
         self._bytes_logged = 0
         self._steps_logged = 0
         self._step_ends: list[float] = []
+        self._even: EvenBatches | None = None
+        self._clock = StepClock()
+        self._hosts: list[str] = []
+        self._told: set[tuple[int | None, str]] = set()
 
     @property
     def bytes_sent(self) -> int:
@@ -208,13 +222,51 @@ class OptCoreDDPStrategy(DDPStrategy):
                 optimizer.load_state_dict(state)
             _optimizers_to_device(self.optimizers, self.root_device)
 
+        self._clock = StepClock()
+        self._told.clear()
+        if self.hook is not None:
+            self.hook.on_computed = self._clock.computed
+        _time_often(self.model)
+        if self.world_size > 1:
+            agree_on_signals_when(self._trainer.fit_loop.epoch_loop, self._are_together, self._clock.leave_out)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Give all ranks as many training batches, if they may have unlike numbers."""
+        loader = super().process_dataloader(dataloader)
+        trainer = self._trainer
+        trains = trainer.training and (
+            trainer.fit_loop._combined_loader is None or trainer.fit_loop._should_reload_train_dl
+        )
+        if not (self.uneven_inputs and trains and self.world_size > 1):
+            return loader
+        assert self._collectives is not None
+        self._even = EvenBatches(loader, self._collectives, self.root_device)
+        return self._even
+
     # ---- a step ----
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Note when the batch came."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._even is not None:
+            self._even.next_step()
+        self._clock.batch_arrived()
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute gradients; those of a batch that stands for none are 0."""
+        if self._even is not None:
+            closure_loss = closure_loss * self._even.weight
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """Count what DistributedDataParallel sent by itself."""
         super().post_backward(closure_loss)
         model = self.model
-        if self.hook is None and isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync:
+        if not isinstance(model, DistributedDataParallel):
+            return
+        if not model.require_backward_grad_sync:
+            self._clock.computed()
+        elif self.hook is None:
             assert self._collectives is not None
             self._collectives.count_all_reduce(self._gradient_bytes)
 
@@ -237,8 +289,12 @@ class OptCoreDDPStrategy(DDPStrategy):
             if self.communication == "auto" and self.decision is None:
                 self._decide_in_time()
             self._begin_local_updates_in_time()
-            self._log_bytes()
+            self._clock.step_ended()
+            self._log()
         return output
+
+    def _are_together(self) -> bool:
+        return self.local_updates is None or self.local_updates.apart == 0
 
     def _ends_an_epoch(self) -> bool:
         trainer = self._trainer
@@ -303,16 +359,39 @@ class OptCoreDDPStrategy(DDPStrategy):
             assert self.hook is not None
             self.hook.cast = CASTS.get(decision.communication)
 
-    def _log_bytes(self) -> None:
+    def _log(self) -> None:
         trainer = self._trainer
         # Set by the Trainer's connector of loggers, without a declaration.
         if self._steps % getattr(trainer, "log_every_n_steps", 1) and not self._ends_an_epoch():
             return
-        if not trainer.barebones and (steps := self._steps - self._steps_logged):
-            sent = (self.bytes_sent - self._bytes_logged) / steps
+        self._compare_ranks()
+        if not trainer.barebones:
             assert self.lightning_module is not None
-            self.lightning_module.log("optcore/bytes_sent_per_step", sent, on_step=True, on_epoch=False)
+            sent = (self.bytes_sent - self._bytes_logged) / max(1, self._steps - self._steps_logged)
+            slowest, mean = max(one.own_ms for one in self.rank_times), fmean(one.own_ms for one in self.rank_times)
+            found = {"optcore/bytes_sent_per_step": sent, "optcore/rank_imbalance": slowest / max(mean, 1e-9)}
+            self.lightning_module.log_dict(found, on_step=True, on_epoch=False)
         self._steps_logged, self._bytes_logged = self._steps, self.bytes_sent
+
+    def _compare_ranks(self) -> None:
+        """Gather where the time of the ranks goes, and say once what keeps them waiting."""
+        data, compute, step = self._clock.means()
+        if self.hook is None and not self.learns_locally:
+            compute = _compute_ms(self.model)
+        own = torch.tensor([data, compute, step], device=self.root_device)
+        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+        torch.distributed.all_gather(everyone, own)
+        if not self._hosts:
+            self._hosts = [""] * self.world_size
+            torch.distributed.all_gather_object(self._hosts, socket.gethostname())
+        self.rank_times = [
+            RankTimes(rank, host, *times.tolist())
+            for rank, (host, times) in enumerate(zip(self._hosts, everyone, strict=True))
+        ]
+        found = straggler_of(self.rank_times)
+        if found is not None and (found.rank, found.cause) not in self._told:
+            self._told.add((found.rank, found.cause))
+            rank_zero_warn(found.message)
 
     # ---- where all ranks must be equal ----
 
@@ -320,6 +399,11 @@ class OptCoreDDPStrategy(DDPStrategy):
         """Bring the ranks together, so that one model is validated."""
         super().on_validation_start()
         self._bring_together()
+
+    def on_validation_end(self) -> None:
+        """Leave the validation out of what steps take."""
+        super().on_validation_end()
+        self._clock.pause()
 
     def on_train_end(self) -> None:
         """Bring the ranks together for good."""
@@ -426,3 +510,17 @@ class _LocalForwardRedirection(_DDPForwardRedirection):
         super().on_after_outer_forward(wrapper_module, original_module)
         if self._strategy.learns_locally and isinstance(wrapper_module, DistributedDataParallel):
             wrapper_module.require_backward_grad_sync = False
+
+
+def _time_often(model: nn.Module | None) -> None:
+    """Let DistributedDataParallel time every tenth step, instead of every hundredth."""
+    if isinstance(model, DistributedDataParallel):
+        model._set_ddp_runtime_logging_sample_rate(10)
+
+
+def _compute_ms(model: nn.Module | None) -> float:
+    """Return what DistributedDataParallel measured of this rank's forward and backward passes."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    found = model._get_ddp_logging_data()
+    return (found.get("avg_forward_compute_time", 0) + found.get("avg_backward_compute_time", 0)) / 1e6

@@ -28,12 +28,15 @@ def run_ranks(function: Callable[..., Any], *args: Any, world_size: int = 2, sec
         receivers.append(receiver)
         processes.append(process)
     try:
-        results = []
+        results, errors = [], []
         for rank, receiver in enumerate(receivers):
             assert receiver.poll(seconds), f"rank {rank} did not answer within {seconds} s"
             ended_well, result = receiver.recv()
-            assert ended_well, result
-            results.append(pickle.loads(result))
+            if ended_well:
+                results.append(pickle.loads(result))
+            else:
+                errors.append(f"rank {rank}: {result}")
+        assert not errors, "\n".join(errors)
         return results
     finally:
         for process in processes:
