@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def agree_on_signals_when(loop: Any, due: Callable[[], bool], waited: Callable[[Callable[[], None]], None]) -> None:
+def agree_on_signals_when(loop: Any, due: Callable[[], bool], waited: Callable[[Callable[[], object]], None]) -> None:
     """Let the loop over an epoch ask rank 0 for a SIGTERM only now and then.
 
     Lightning 2.6 does so before every batch, and ranks that learn by themselves would wait for each other at every step

@@ -120,7 +120,7 @@ class StepClock:
         self.steps += 1
         self._now = time.perf_counter()
 
-    def leave_out(self, waits: Callable[[], None]) -> None:
+    def leave_out(self, waits: Callable[[], object]) -> None:
         """Call what waits for other ranks between two steps; the data did not take that time."""
         start = time.perf_counter()
         try:

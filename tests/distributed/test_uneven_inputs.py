@@ -6,7 +6,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from ranks import run_ranks
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from trained import SILENT
 
 from lightning_optcore.strategies import OptCoreDDPStrategy
@@ -36,14 +36,25 @@ def data_of(rank, batches=BATCHES):
     return TensorDataset(*(torch.randn(4 * batches[rank], n, generator=generator) for n in (3, 1)))
 
 
-def learned(communication, batches):
+class Stream(IterableDataset):
+    """Of unknown length."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+def learned(communication, batches, streamed=False):
     strategy = OptCoreDDPStrategy(communication, uneven_inputs=True)
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_epochs=2, use_distributed_sampler=False, **SILENT
     )
     module = Line()
-    loader = DataLoader(data_of(trainer.global_rank, batches), 4)
-    trainer.fit(module, loader, DataLoader(data_of(trainer.global_rank, batches), 4))
+    data = data_of(trainer.global_rank, batches)
+    data = Stream(data) if streamed else data
+    trainer.fit(module, DataLoader(data, 4), DataLoader(data, 4))
     return trainer.global_step, torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
@@ -64,14 +75,15 @@ def test_a_step_is_the_mean_of_the_ranks_that_have_a_batch(communication):
         torch.testing.assert_close(found, expected, atol=1e-6 if communication == "none" else 0.05, rtol=0)
 
 
-def test_local_updates_end_together():
-    one, other = run_ranks(learned, "diloco", BATCHES)
+@pytest.mark.parametrize("streamed", [False, True])
+def test_local_updates_end_together(streamed):
+    one, other = run_ranks(learned, "diloco", BATCHES, streamed)
     assert one[0] == other[0] == 2 * max(BATCHES) and torch.equal(one[1], other[1])
 
 
 def test_a_rank_without_any_batch_is_named():
     with pytest.raises(AssertionError, match="this rank has no batch at all"):
-        run_ranks(learned, "none", (3, 0))
+        run_ranks(learned, "none", (3, 0), True)
 
 
 def test_the_process_group_of_a_test_is_its_own():
