@@ -22,7 +22,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -122,7 +121,6 @@ class OptCoreDDPStrategy(DDPStrategy):
         self.decision: Decision | None = None
         self.hook: GradientHook | None = None
         self.local_updates: LocalUpdates | None = None
-        self._forward_redirection = _LocalForwardRedirection(self)
         self._collectives: Collectives | None = None
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._steps = 0
@@ -173,10 +171,8 @@ class OptCoreDDPStrategy(DDPStrategy):
                 "gradients of another loss scale; expected precision=bf16-mixed"
             )
         super().configure_ddp()
-        model = cast(DistributedDataParallel, self.model)
-        self._gradient_bytes = sum(p.nbytes for p in model.module.parameters() if p.requires_grad)
-        # Wrapped anew, as after a cut, the module is where it was.
-        model.require_backward_grad_sync = not self.learns_locally
+        module = cast(LightningModule, self.lightning_module)
+        self._gradient_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
     def _register_ddp_hooks(self) -> None:
         model = cast(DistributedDataParallel, self.model)
@@ -262,9 +258,7 @@ class OptCoreDDPStrategy(DDPStrategy):
         """Count what DistributedDataParallel sent by itself."""
         super().post_backward(closure_loss)
         model = self.model
-        if not isinstance(model, DistributedDataParallel):
-            return
-        if not model.require_backward_grad_sync:
+        if not isinstance(model, DistributedDataParallel) or not model.require_backward_grad_sync:
             self._clock.computed()
         elif self.hook is None:
             assert self._collectives is not None
@@ -279,19 +273,24 @@ class OptCoreDDPStrategy(DDPStrategy):
     ) -> Any:
         """Make the optimizer's step, and exchange what was learned where its time has come."""
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        # Of several optimizers the first one counts the steps.
-        if optimizer is self.optimizers[0] and self.world_size > 1:
-            self._steps += 1
+        if self.world_size > 1:
+            # Of several optimizers the first one counts the steps.
+            counts = optimizer is self.optimizers[0]
             if self.local_updates is not None:
-                self.local_updates.step()
+                self.local_updates.step(counts=counts)
                 if self._ends_an_epoch():
                     self.local_updates.bring_together()
-            if self.communication == "auto" and self.decision is None:
-                self._decide_in_time()
-            self._begin_local_updates_in_time()
-            self._clock.step_ended()
-            self._log()
+            if counts:
+                self._after_step()
         return output
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self.communication == "auto" and self.decision is None:
+            self._decide_in_time()
+        self._begin_local_updates_in_time()
+        self._clock.step_ended()
+        self._log()
 
     def _are_together(self) -> bool:
         return self.local_updates is None or self.local_updates.apart == 0
@@ -327,7 +326,8 @@ class OptCoreDDPStrategy(DDPStrategy):
             outer_momentum=options.get("outer_momentum", 0.0),
             overlap=options["overlap"],
         )
-        cast(DistributedDataParallel, self.model).require_backward_grad_sync = False
+        # Nothing of a step is left that DistributedDataParallel would do.
+        self.model = self.lightning_module
 
     def _learn_together(self) -> None:
         assert self.local_updates is not None
@@ -335,7 +335,8 @@ class OptCoreDDPStrategy(DDPStrategy):
         self.local_updates.bring_together()
         average_optimizers(self.optimizers, self._collectives)
         self.local_updates = None
-        cast(DistributedDataParallel, self.model).require_backward_grad_sync = True
+        self.configure_ddp()
+        _time_often(self.model)
 
     def _decide_in_time(self) -> None:
         self._step_ends.append(time.perf_counter())
@@ -499,18 +500,6 @@ class OptCoreDDPStrategy(DDPStrategy):
             state["local_updates"] = self.local_updates.own_state()
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         return state
-
-
-class _LocalForwardRedirection(_DDPForwardRedirection):
-    """Keeps gradients apart after a forward of manual optimization where ranks learn by themselves."""
-
-    def __init__(self, strategy: OptCoreDDPStrategy) -> None:
-        self._strategy = strategy
-
-    def on_after_outer_forward(self, wrapper_module: nn.Module, original_module: LightningModule) -> None:
-        super().on_after_outer_forward(wrapper_module, original_module)
-        if self._strategy.learns_locally and isinstance(wrapper_module, DistributedDataParallel):
-            wrapper_module.require_backward_grad_sync = False
 
 
 def _time_often(model: nn.Module | None) -> None:
