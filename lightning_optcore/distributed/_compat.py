@@ -1,7 +1,8 @@
-"""What torch and Lightning do not offer in public: a group's store and timeout, and to resume from elsewhere."""
+"""What torch and Lightning do not offer in public, or do otherwise than ranks need that are far apart, or die."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -40,3 +41,25 @@ def resume_from(trainer: Trainer, path: Path) -> None:
         restore(path, weights_only)
 
     connector._restore_modules_and_callbacks = restore_ours  # type: ignore[method-assign]
+
+
+def agree_on_signals_when(loop: Any, due: Callable[[], bool], waited: Callable[[Callable[[], object]], None]) -> None:
+    """Let the loop over an epoch ask rank 0 for a SIGTERM only now and then.
+
+    Lightning 2.6 does so before every batch, and ranks that learn by themselves would wait for each other at every step
+    (``_TrainingEpochLoop._broadcast_sigterm_tensor``).
+
+    Args:
+        loop: The Trainer's ``fit_loop.epoch_loop``.
+        due: Returns whether to ask before this batch; the same on all ranks.
+        waited: Calls its argument, which waits for the other ranks.
+    """
+    ask = getattr(type(loop), "_broadcast_sigterm_tensor", None)
+    if ask is None:
+        return
+
+    def ask_when_due() -> None:
+        if due():
+            waited(lambda: ask(loop))
+
+    loop._broadcast_sigterm_tensor = ask_when_due

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -14,6 +16,8 @@ from types import FrameType
 from typing import Any, cast
 
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,13 +25,15 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 
 from lightning_optcore.distributed._compat import resume_from
 from lightning_optcore.distributed.connection import restart_count
-from lightning_optcore.distributed.failures import RankFailure, is_communication_error, is_timeout
+from lightning_optcore.distributed.failures import Failure, RankFailure, is_communication_error, is_timeout
 from lightning_optcore.distributed.peers import check_peers
 from lightning_optcore.distributed.progress import skip_done_batches
 from lightning_optcore.distributed.rescue import Rescues
 from lightning_optcore.distributed.watch import RankWatch
 
 log = logging.getLogger(__name__)
+
+_GRACE = 30.0  # seconds in which a process ends that knows of another one's failure
 
 
 class RankGuard:
@@ -40,6 +46,7 @@ class RankGuard:
         watch: Knows the other ranks; None while there are none.
         steps_before_batch: The global step when the current batch began.
         alone: Whether another rank has failed: there is nobody to talk to.
+        saving: Whether this rank saves what it knows.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -47,7 +54,7 @@ class RankGuard:
         self.watch: RankWatch | None = None
         self.rescues: Rescues | None = None
         self.steps_before_batch = 0
-        self.alone = self._training = self._resumes = False
+        self.saving = self.alone = self._training = self._resumes = False
 
     def run(self, trainer: Trainer, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a stage of a Trainer.
@@ -64,22 +71,28 @@ class RankGuard:
         except _TunerExitException:
             raise
         except Exception as error:
-            failure = self._failure_behind(error)
-            if failure is None:
-                if self.watch is not None:
-                    self.watch.failed(error)
+            if not isinstance(error, RankFailure) and not is_communication_error(error):
+                self._tell(error)
                 raise
-            self.alone = True
-            # Nobody is to wait for the others any more, as callbacks would whose states are of all ranks.
-            torch.distributed.destroy_process_group()
-            saved = self._save(trainer)
+            with _undisturbed():
+                failure = self._failure_behind(error)
+                if failure is None:
+                    self._tell(error)
+                    raise
+                self.alone = True
+                # Nobody is to wait for the others any more, as callbacks would whose states are of all ranks.
+                torch.distributed.destroy_process_group()
+                saved = self._save(trainer)
             raise RankFailure(failure, f"Resume with ckpt_path={str(saved)!r}" if saved else "") from error
 
-    def _failure_behind(self, error: Exception) -> Any:
-        if self.watch is None or not is_communication_error(error):
-            return None
-        _ignore_termination()
-        return self.watch.diagnosis(timed_out=is_timeout(error))
+    def _failure_behind(self, error: Exception) -> Failure | None:
+        if isinstance(error, RankFailure):
+            return error.failure
+        return None if self.watch is None else self.watch.diagnosis(timed_out=is_timeout(error))
+
+    def _tell(self, error: Exception) -> None:
+        if self.watch is not None:
+            self.watch.failed(error)
 
     def connected(
         self, trainer: Trainer, store: torch.distributed.Store, rank: int, world_size: int, host: str
@@ -116,10 +129,18 @@ class RankGuard:
         _shield_from_termination(self.watch)
 
     def batch_begins(self, step: int) -> None:
-        """Note the global step before a batch."""
+        """Note the global step before a batch.
+
+        Raises:
+            RankFailure: If another rank has failed, which ranks that learn by themselves would not notice for a while.
+        """
         self.steps_before_batch = step
-        if self.watch is not None:
-            self.watch.step = step
+        if self.watch is None:
+            return
+        self.watch.step = step
+        self.watch.phase("training_step")
+        if self.watch.failures:
+            raise RankFailure(self.watch.failures[0])
 
     def step_is_made(self) -> None:
         """Count an optimizer step."""
@@ -146,10 +167,15 @@ class RankGuard:
             return None
         ranks = trainer.num_devices
         first = trainer.node_rank * ranks
-        if not _is_for_me(trainer.global_rank, self.watch.failed_ranks(), range(first, first + ranks)):
+        if not _is_for_me(
+            trainer.global_rank, {failure.process.rank for failure in self.watch.failures}, range(first, first + ranks)
+        ):
             return None
-        complete = cast(Any, trainer.strategy).add_state
-        return self.rescues.write(trainer, self.steps_before_batch, complete)
+        self.saving = True
+        try:
+            return self.rescues.write(trainer, self.steps_before_batch, cast(Any, trainer.strategy).add_state)
+        finally:
+            self.saving = False
 
     def close(self) -> None:
         """End the watch."""
@@ -158,21 +184,45 @@ class RankGuard:
             self.watch = None
 
 
-class _Guarded:
+class GuardedSubprocesses(_SubprocessScriptLauncher):
+    """Lightning's launcher of subprocesses, or of the one that torchrun started, with a guard around each stage."""
+
     guard: RankGuard
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        if trainer is not None:
-            function = partial(self.guard.run, trainer, function)
-        return super().launch(function, *args, trainer=trainer, **kwargs)  # type: ignore[misc]
+        """Start the other processes where there are none yet, and run a stage."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            _PatientObserver(self.guard, self.procs).start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs) if trainer is None else self.guard.run(trainer, function, *args, **kwargs)
 
 
-class GuardedSubprocesses(_Guarded, _SubprocessScriptLauncher):
-    """Lightning's launcher of subprocesses, or of the one that torchrun started, with a guard around each stage."""
-
-
-class GuardedMultiprocessing(_Guarded, _MultiProcessingLauncher):
+class GuardedMultiprocessing(_MultiProcessingLauncher):
     """Lightning's launcher by ``multiprocessing``, with a guard around each stage."""
+
+    guard: RankGuard
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        """Start the processes, and run a stage in each."""
+        guarded = function if trainer is None else partial(self.guard.run, trainer, function)
+        return super().launch(guarded, *args, trainer=trainer, **kwargs)
+
+
+class _PatientObserver(_ChildProcessObserver):
+    """Kills this process if another one has died, as Lightning's does at once, but not while it saves and ends itself."""
+
+    def __init__(self, guard: RankGuard, child_processes: list[subprocess.Popen[bytes]]) -> None:
+        super().__init__(main_pid=os.getpid(), child_processes=child_processes)
+        self._guard = guard
+
+    def _terminate_all(self) -> None:
+        if self._guard.watch is not None:
+            time.sleep(self._guard.timeout + _GRACE)
+        while self._guard.saving:
+            time.sleep(1.0)
+        super()._terminate_all()
 
 
 def _is_for_me(rank: int, failed: Collection[int], node_ranks: range) -> bool:
@@ -180,10 +230,17 @@ def _is_for_me(rank: int, failed: Collection[int], node_ranks: range) -> bool:
     return all(other in failed for other in node_ranks if other < rank)
 
 
-def _ignore_termination() -> None:
-    """Let nobody interrupt the end of this process: torchrun sends ``SIGTERM`` as soon as one rank has died."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let nobody interrupt a block: torchrun sends ``SIGTERM`` as soon as one rank has died."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler if handler is not None else signal.SIG_DFL)
 
 
 def _shield_from_termination(watch: RankWatch) -> None:
@@ -198,7 +255,7 @@ def _shield_from_termination(watch: RankWatch) -> None:
     def handle(signum: int, frame: FrameType | None) -> None:
         # What the signal interrupts may hold the locks of the watch: they are not waited for.
         for _ in range(20):
-            if watch.failed_ranks():
+            if watch.failures:
                 log.warning("SIGTERM: this process ends at its next collective, as another rank has failed")
                 return
             time.sleep(0.01)

@@ -70,10 +70,16 @@ class LocalUpdates:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Count a step of this rank's optimizer; exchange what was learned where its time has come."""
-        self.steps += 1
+    def step(self, *, counts: bool = True) -> None:
+        """Take notice of a step of this rank's optimizer; exchange what was learned where its time has come.
+
+        Args:
+            counts: Whether it is one of those between exchanges; of several optimizers only one's are.
+        """
         self.apart += 1
+        if not counts:
+            return
+        self.steps += 1
         if self._sent is not None and self.steps >= self.overlap:
             self._outer_step()
         if self.steps >= self.period:

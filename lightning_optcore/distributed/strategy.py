@@ -6,10 +6,12 @@ Everything that ranks send is counted; what a way to communicate remembers is pa
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -21,14 +23,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.ddp import _DDPForwardRedirection
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_optcore.distributed._compat import set_timeout
+from lightning_optcore.distributed._compat import agree_on_signals_when, set_timeout
 from lightning_optcore.distributed.collectives import Collectives
 from lightning_optcore.distributed.communication import CASTS, LOCAL, Communication, begin_of, checked_options
 from lightning_optcore.distributed.connection import connect
@@ -38,6 +39,8 @@ from lightning_optcore.distributed.guard import GuardedMultiprocessing, GuardedS
 from lightning_optcore.distributed.link import Decision, decide, measure_link
 from lightning_optcore.distributed.local_updates import LocalUpdates, average_optimizers
 from lightning_optcore.distributed.power_sgd import PowerSGD
+from lightning_optcore.distributed.rank_times import RankTimes, StepClock, straggler_of
+from lightning_optcore.distributed.uneven_inputs import EvenBatches
 from lightning_optcore.random_states import random_states, restore_random_states
 
 STATE = "optcore_ddp"
@@ -61,6 +64,8 @@ class OptCoreDDPStrategy(DDPStrategy):
         timeout: Seconds after which a rank that does not answer is given up.
         retry_attempts: How often ranks try to find each other at the start.
         backend: ``"gloo"`` or ``"nccl"``; by default the one of the device.
+        uneven_inputs: Whether ranks may have unlike numbers of batches: one that has no more goes on with its last
+            batch, which counts for nothing.
         ddp_kwargs: For ``DistributedDataParallel``, such as ``find_unused_parameters`` and ``static_graph``.
 
     Raises:
@@ -84,6 +89,7 @@ class OptCoreDDPStrategy(DDPStrategy):
         timeout: float = 30.0,
         retry_attempts: int = 3,
         backend: str | None = None,
+        uneven_inputs: bool = False,
         *,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -116,10 +122,11 @@ class OptCoreDDPStrategy(DDPStrategy):
         )
         self.retry_attempts = retry_attempts
         self.guard = RankGuard(timeout)
+        self.uneven_inputs = uneven_inputs
+        self.rank_times: list[RankTimes] = []
         self.decision: Decision | None = None
         self.hook: GradientHook | None = None
         self.local_updates: LocalUpdates | None = None
-        self._forward_redirection = _LocalForwardRedirection(self)
         self._collectives: Collectives | None = None
         self._loaded: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._steps = 0
@@ -127,6 +134,10 @@ class OptCoreDDPStrategy(DDPStrategy):
         self._bytes_logged = 0
         self._steps_logged = 0
         self._step_ends: list[float] = []
+        self._even: EvenBatches | None = None
+        self._clock = StepClock()
+        self._hosts: list[str] = []
+        self._told: set[tuple[int | None, str]] = set()
 
     @property
     def bytes_sent(self) -> int:
@@ -189,10 +200,8 @@ class OptCoreDDPStrategy(DDPStrategy):
                 "gradients of another loss scale; expected precision=bf16-mixed"
             )
         super().configure_ddp()
-        model = cast(DistributedDataParallel, self.model)
-        self._gradient_bytes = sum(p.nbytes for p in model.module.parameters() if p.requires_grad)
-        # Wrapped anew, as after a cut, the module is where it was.
-        model.require_backward_grad_sync = not self.learns_locally
+        module = cast(LightningModule, self.lightning_module)
+        self._gradient_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
     def _register_ddp_hooks(self) -> None:
         model = cast(DistributedDataParallel, self.model)
@@ -218,11 +227,6 @@ class OptCoreDDPStrategy(DDPStrategy):
             return GradientHook(self._collectives, compressor=compressor, start_step=options["start_step"])
         return GradientHook(self._collectives, cast=CASTS.get(communication))
 
-    def process_dataloader(self, dataloader: object) -> object:
-        """Let a restart go on with the batch that was not done."""
-        self.guard.loader_is_made(self._trainer, dataloader)
-        return super().process_dataloader(dataloader)
-
     def on_train_start(self) -> None:
         """Take up what a checkpoint holds of the communication."""
         super().on_train_start()
@@ -245,27 +249,60 @@ class OptCoreDDPStrategy(DDPStrategy):
                 optimizer.load_state_dict(state)
             _optimizers_to_device(self.optimizers, self.root_device)
 
+        self._clock = StepClock()
+        self._told.clear()
+        if self.hook is not None:
+            self.hook.on_computed = self._clock.computed
+        _time_often(self.model)
+        if self.world_size > 1:
+            agree_on_signals_when(self._trainer.fit_loop.epoch_loop, self._are_together, self._clock.leave_out)
+
     def _ranks_are_ready(self) -> None:
         assert self._timeout is not None
         set_timeout(self._timeout.total_seconds())
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """Let a restart go on with its batch; give all ranks as many batches, if they may have unlike numbers."""
+        self.guard.loader_is_made(self._trainer, dataloader)
+        loader = super().process_dataloader(dataloader)
+        trainer = self._trainer
+        trains = trainer.training and (
+            trainer.fit_loop._combined_loader is None or trainer.fit_loop._should_reload_train_dl
+        )
+        if not (self.uneven_inputs and trains and self.world_size > 1):
+            return loader
+        assert self._collectives is not None
+        self._even = EvenBatches(loader, self._collectives, self.root_device)
+        return self._even
+
     # ---- a step ----
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell the other ranks where this one is."""
+        """Note when the batch came, and tell the other ranks where this one is."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._even is not None:
+            self._even.next_step()
+        self._clock.batch_arrived()
         self.guard.batch_begins(self._trainer.global_step)
-        self.guard.phase("training_step")
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Tell the other ranks where this one is."""
         self.guard.phase("backward")
         super().pre_backward(closure_loss)
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute gradients; those of a batch that stands for none are 0."""
+        if self._even is not None:
+            closure_loss = closure_loss * self._even.weight
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
     def post_backward(self, closure_loss: Tensor) -> None:
         """Count what DistributedDataParallel sent by itself."""
         super().post_backward(closure_loss)
         model = self.model
-        if self.hook is None and isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync:
+        if not isinstance(model, DistributedDataParallel) or not model.require_backward_grad_sync:
+            self._clock.computed()
+        elif self.hook is None:
             assert self._collectives is not None
             self._collectives.count_all_reduce(self._gradient_bytes)
 
@@ -285,18 +322,27 @@ class OptCoreDDPStrategy(DDPStrategy):
 
         output = super().optimizer_step(optimizer, closure_before_step, model, **kwargs)
         self.guard.step_is_made()
-        # Of several optimizers the first one counts the steps.
-        if optimizer is self.optimizers[0] and self.world_size > 1:
-            self._steps += 1
+        if self.world_size > 1:
+            # Of several optimizers the first one counts the steps.
+            counts = optimizer is self.optimizers[0]
             if self.local_updates is not None:
-                self.local_updates.step()
+                self.local_updates.step(counts=counts)
                 if self._ends_an_epoch():
                     self.local_updates.bring_together()
-            if self.communication == "auto" and self.decision is None:
-                self._decide_in_time()
-            self._begin_local_updates_in_time()
-            self._log_bytes()
+            if counts:
+                self._after_step()
         return output
+
+    def _after_step(self) -> None:
+        self._steps += 1
+        if self.communication == "auto" and self.decision is None:
+            self._decide_in_time()
+        self._begin_local_updates_in_time()
+        self._clock.step_ended()
+        self._log()
+
+    def _are_together(self) -> bool:
+        return self.local_updates is None or self.local_updates.apart == 0
 
     def _ends_an_epoch(self) -> bool:
         trainer = self._trainer
@@ -329,7 +375,8 @@ class OptCoreDDPStrategy(DDPStrategy):
             outer_momentum=options.get("outer_momentum", 0.0),
             overlap=options["overlap"],
         )
-        cast(DistributedDataParallel, self.model).require_backward_grad_sync = False
+        # Nothing of a step is left that DistributedDataParallel would do.
+        self.model = self.lightning_module
 
     def _learn_together(self) -> None:
         assert self.local_updates is not None
@@ -337,7 +384,8 @@ class OptCoreDDPStrategy(DDPStrategy):
         self.local_updates.bring_together()
         average_optimizers(self.optimizers, self._collectives)
         self.local_updates = None
-        cast(DistributedDataParallel, self.model).require_backward_grad_sync = True
+        self.configure_ddp()
+        _time_often(self.model)
 
     def _decide_in_time(self) -> None:
         self._step_ends.append(time.perf_counter())
@@ -361,16 +409,40 @@ class OptCoreDDPStrategy(DDPStrategy):
             assert self.hook is not None
             self.hook.cast = CASTS.get(decision.communication)
 
-    def _log_bytes(self) -> None:
+    def _log(self) -> None:
         trainer = self._trainer
         # Set by the Trainer's connector of loggers, without a declaration.
         if self._steps % getattr(trainer, "log_every_n_steps", 1) and not self._ends_an_epoch():
             return
-        if not trainer.barebones and (steps := self._steps - self._steps_logged):
-            sent = (self.bytes_sent - self._bytes_logged) / steps
+        self._compare_ranks()
+        if not trainer.barebones:
             assert self.lightning_module is not None
-            self.lightning_module.log("optcore/bytes_sent_per_step", sent, on_step=True, on_epoch=False)
+            sent = (self.bytes_sent - self._bytes_logged) / max(1, self._steps - self._steps_logged)
+            slowest, mean = max(one.own_ms for one in self.rank_times), fmean(one.own_ms for one in self.rank_times)
+            found = {"optcore/bytes_sent_per_step": sent, "optcore/rank_imbalance": slowest / max(mean, 1e-9)}
+            self.lightning_module.log_dict(found, on_step=True, on_epoch=False)
         self._steps_logged, self._bytes_logged = self._steps, self.bytes_sent
+
+    def _compare_ranks(self) -> None:
+        """Gather where the time of the ranks goes, and say once what keeps them waiting."""
+        data, compute, step = self._clock.means()
+        if self.hook is None and not self.learns_locally:
+            compute = _compute_ms(self.model)
+        own = torch.tensor([data, compute, step], device=self.root_device)
+        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+        # Ranks that learn by themselves wait here for the slowest.
+        self._clock.leave_out(lambda: torch.distributed.all_gather(everyone, own))
+        if not self._hosts:
+            self._hosts = [""] * self.world_size
+            torch.distributed.all_gather_object(self._hosts, socket.gethostname())
+        self.rank_times = [
+            RankTimes(rank, host, *times.tolist())
+            for rank, (host, times) in enumerate(zip(self._hosts, everyone, strict=True))
+        ]
+        found = straggler_of(self.rank_times)
+        if found is not None and (found.rank, found.cause) not in self._told:
+            self._told.add((found.rank, found.cause))
+            rank_zero_warn(found.message)
 
     # ---- where all ranks must be equal ----
 
@@ -380,6 +452,11 @@ class OptCoreDDPStrategy(DDPStrategy):
         self._ranks_are_ready()
         self.guard.phase("validation")
         self._bring_together()
+
+    def on_validation_end(self) -> None:
+        """Leave the validation out of what steps take."""
+        super().on_validation_end()
+        self._clock.pause()
 
     def on_test_start(self) -> None:
         """Tell the other ranks where this one is."""
@@ -500,13 +577,15 @@ class OptCoreDDPStrategy(DDPStrategy):
         return state
 
 
-class _LocalForwardRedirection(_DDPForwardRedirection):
-    """Keeps gradients apart after a forward of manual optimization where ranks learn by themselves."""
+def _time_often(model: nn.Module | None) -> None:
+    """Let DistributedDataParallel time every tenth step, instead of every hundredth."""
+    if isinstance(model, DistributedDataParallel):
+        model._set_ddp_runtime_logging_sample_rate(10)
 
-    def __init__(self, strategy: OptCoreDDPStrategy) -> None:
-        self._strategy = strategy
 
-    def on_after_outer_forward(self, wrapper_module: nn.Module, original_module: LightningModule) -> None:
-        super().on_after_outer_forward(wrapper_module, original_module)
-        if self._strategy.learns_locally and isinstance(wrapper_module, DistributedDataParallel):
-            wrapper_module.require_backward_grad_sync = False
+def _compute_ms(model: nn.Module | None) -> float:
+    """Return what DistributedDataParallel measured of this rank's forward and backward passes."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    found = model._get_ddp_logging_data()
+    return (found.get("avg_forward_compute_time", 0) + found.get("avg_backward_compute_time", 0)) / 1e6

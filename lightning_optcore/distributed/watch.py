@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -75,10 +75,10 @@ class RankWatch:
         store: The store of the process group, over which the ranks find each other.
         main_address: The host of the store.
         timeout: Seconds of silence after which a stopped rank has stalled.
-        on_failure: Called from the thread, once, with the first failure.
 
     Attributes:
         step: The last optimizer step of this rank; to be set by the training loop.
+        failures: The ranks that failed, the first one first.
 
     Example:
         >>> with RankWatch(0, 1, torch.distributed.HashStore()) as watch:
@@ -96,7 +96,6 @@ class RankWatch:
         *,
         main_address: str = "127.0.0.1",
         timeout: float = 30.0,
-        on_failure: Callable[[Failure], None] | None = None,
     ) -> None:
         self.step = 0
         self.current_phase = "start"
@@ -107,9 +106,8 @@ class RankWatch:
         self._store = store
         self._main_address = main_address
         self._timeout = timeout
-        self._on_failure = on_failure
         self._peers: dict[int, _Peer] = {}
-        self._failures: dict[int, Failure] = {}
+        self.failures: list[Failure] = []
         self._warned: set[int] = set()
         self._failed = threading.Event()
         self._answer: list[State] | None = None
@@ -182,11 +180,7 @@ class RankWatch:
                 self._reported = _stalled(late, f"{how}; the others waited for it in {self.current_phase}")
                 self._awake()
                 self._failed.wait(wait)
-        return next(iter(self._failures.values()), None)
-
-    def failed_ranks(self) -> set[int]:
-        """Return the ranks that failed."""
-        return set(self._failures)
+        return self.failures[0] if self.failures else None
 
     def close(self) -> None:
         """Take leave of the others and end the thread."""
@@ -389,10 +383,9 @@ class RankWatch:
 
     def _know(self, failure: Failure) -> None:
         rank = failure.process.rank
-        if rank in self._failures:
+        if any(known.process.rank == rank for known in self.failures):
             return
-        first = not self._failures
-        self._failures[rank] = failure
+        self.failures.append(failure)
         if rank != self._rank:
             log.error("[rank %d] %s", self._rank, failure)
         # To the one that has stalled as well, if it still listens: it alone can tell where it is.
@@ -400,8 +393,6 @@ class RankWatch:
         if failure.what == "stalled":
             self._end_stalled(failure.process)
         self._failed.set()
-        if first and self._on_failure is not None:
-            self._on_failure(failure)
 
     def _end_stalled(self, process: Process) -> None:
         if process.rank == self._rank:

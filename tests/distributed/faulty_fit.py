@@ -33,7 +33,7 @@ class Model(MLP):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         options = self.failing
         time.sleep(options.pause)
-        at = options.fail_rank == self.global_rank and options.fail_step == self.global_step
+        at = options.fail_rank in (-1, self.global_rank) and options.fail_step == self.global_step
         at &= options.fail_batch in (-1, self.trainer.fit_loop.epoch_loop.total_batch_idx)
         if at and options.fail_in == "training_step":
             fail(options.fail)
@@ -41,7 +41,7 @@ class Model(MLP):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         options = self.failing
-        at = options.fail_rank == self.global_rank and options.fail_step == self.global_step
+        at = options.fail_rank in (-1, self.global_rank) and options.fail_step == self.global_step
         if at and options.fail_in == "validation_step" and batch_idx == 1:
             fail(options.fail)
         super().validation_step(batch, batch_idx)

@@ -33,15 +33,18 @@ def run_ranks(
         receivers.append(receiver)
         processes.append(process)
     try:
-        results = []
+        results, errors = [], []
         for rank, receiver in enumerate(receivers):
             if rank in dying:
                 results.append(None)
                 continue
             assert receiver.poll(seconds), f"rank {rank} did not answer within {seconds} s"
             ended_well, result = receiver.recv()
-            assert ended_well, result
-            results.append(pickle.loads(result))
+            if ended_well:
+                results.append(pickle.loads(result))
+            else:
+                errors.append(f"rank {rank}: {result}")
+        assert not errors, "\n".join(errors)
         for rank in dying:
             processes[rank].join(seconds)
             results[rank] = processes[rank].exitcode

@@ -153,3 +153,21 @@ def test_what_a_way_to_communicate_remembers_is_rescued(tmp_path, communication)
     assert rescued >= 7
     steps = [(line["restart"], line["step"]) for line in log(tmp_path) if line["what"] == "batch"]
     assert steps == [(0, step) for step in range(1, rescued + 1)] + [(1, step) for step in range(rescued + 1, 21)]
+
+
+def test_if_nobody_is_left_the_newest_checkpoint_of_the_user_is_resumed(tmp_path):
+    options = [str(tmp_path), "--save-every=3", "--fail=die", "--fail-step=8", "--fail-rank=-1"]
+    run_ranks(partial(run, restart=0), *options, dying=[0, 1])
+    run_ranks(partial(run, restart=1), *options)
+    steps = [(line["restart"], line["step"]) for line in log(tmp_path) if line["what"] == "batch"]
+    assert steps == [(0, step) for step in range(1, 9)] + [(1, step) for step in range(7, 21)]
+
+
+def test_a_run_of_the_same_name_does_not_resume_an_earlier_one(tmp_path):
+    options = [str(tmp_path), "--fail=die", "--fail-rank=1"]
+    run_ranks(partial(run, restart=0), *options, dying=[1])
+    assert list(tmp_path.rglob("step=7-rank=0.ckpt"))
+    run_ranks(partial(run, restart=0), *options, "--fail-step=0", dying=[1])
+    run_ranks(partial(run, restart=1), *options)
+    last = [line["step"] for line in log(tmp_path) if line["what"] == "batch" and line["restart"] == 1]
+    assert last == list(range(1, 21))

@@ -169,8 +169,6 @@ def trained_otherwise(what, way):
         module = TwoOptimizers()
     elif what == "accumulation":
         more = {"accumulate_grad_batches": 3}
-    elif what == "sync batch norm":
-        more = {"sync_batchnorm": True}
     elif what == "clipping in bf16":
         more = {"gradient_clip_val": 0.5, "precision": "bf16-mixed"}
     trainer, module = fitted(way, options, module=module, **more)
@@ -178,9 +176,7 @@ def trained_otherwise(what, way):
 
 
 @pytest.mark.parametrize("way", ["none", "int8", "diloco"])
-@pytest.mark.parametrize(
-    "what", ["unused", "static", "two optimizers", "accumulation", "sync batch norm", "clipping in bf16"]
-)
+@pytest.mark.parametrize("what", ["unused", "static", "two optimizers", "accumulation", "clipping in bf16"])
 def test_what_ddp_can_do_works_with_it(what, way):
     one, other = run_ranks(trained_otherwise, what, way)
     assert torch.equal(one[0], other[0]) and one[1] == other[1] < 0.97 * math.log(10)
@@ -198,9 +194,10 @@ class Writer(BasePredictionWriter):
 def stopped_tested_and_predicted(folder):
     stopping = EarlyStopping("val/loss", patience=0, min_delta=10.0)
     trainer, module = fitted("diloco", {"period": 5, "overlap": 1}, callbacks=(stopping, Writer(folder)), max_epochs=9)
+    epochs = trainer.current_epoch
     tested = trainer.test(module, loader(1280, 1797, shuffle=False), verbose=False)
     trainer.predict(module, loader(1280, 1797, shuffle=False), return_predictions=False)
-    return trainer.current_epoch, tested[0]["test/loss"], float(trainer.callback_metrics["test/loss"])
+    return epochs, tested[0]["test/loss"]
 
 
 def test_early_stopping_test_and_predictions_of_all_ranks(tmp_path):
@@ -211,7 +208,7 @@ def test_early_stopping_test_and_predictions_of_all_ranks(tmp_path):
 
 
 def pruned(way):
-    pruning = StructuredPruning(target_sparsity=0.5, start_epoch=1, end_epoch=1)
+    pruning = StructuredPruning(target_params=0.6, criterion="l2", start_epoch=1)
     trainer, module = fitted(
         way, {"period": 4, "overlap": 0} if way == "diloco" else {}, callbacks=(pruning,), max_epochs=3
     )
