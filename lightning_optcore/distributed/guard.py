@@ -211,7 +211,7 @@ class GuardedMultiprocessing(_MultiProcessingLauncher):
 
 
 class _PatientObserver(_ChildProcessObserver):
-    """Kills this process if another one has died, as Lightning's does at once, but not while it saves and ends itself."""
+    """Kills this process after another one has died, as Lightning's does, but not while it saves and ends itself."""
 
     def __init__(self, guard: RankGuard, child_processes: list[subprocess.Popen[bytes]]) -> None:
         super().__init__(main_pid=os.getpid(), child_processes=child_processes)
