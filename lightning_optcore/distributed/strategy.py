@@ -33,6 +33,7 @@ from lightning_optcore.distributed.collectives import Collectives
 from lightning_optcore.distributed.communication import CASTS, LOCAL, Communication, begin_of, checked_options
 from lightning_optcore.distributed.exchange import ErrorFeedback
 from lightning_optcore.distributed.gradient_hook import GradientHook
+from lightning_optcore.distributed.launcher import RankLauncher
 from lightning_optcore.distributed.link import Decision, decide, measure_link
 from lightning_optcore.distributed.local_updates import LocalUpdates, average_optimizers
 from lightning_optcore.distributed.power_sgd import PowerSGD
@@ -148,6 +149,13 @@ class OptCoreDDPStrategy(DDPStrategy):
         return self.local_updates is not None
 
     # ---- the start ----
+
+    def _configure_launcher(self) -> None:
+        if self._start_method == "popen":
+            assert self.cluster_environment is not None
+            self._launcher = RankLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        else:
+            super()._configure_launcher()
 
     def setup_distributed(self) -> None:
         """Join the other ranks."""

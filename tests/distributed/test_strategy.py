@@ -176,9 +176,7 @@ def trained_otherwise(what, way):
 
 
 @pytest.mark.parametrize("way", ["none", "int8", "diloco"])
-@pytest.mark.parametrize(
-    "what", ["unused", "static", "two optimizers", "accumulation", "clipping in bf16"]
-)
+@pytest.mark.parametrize("what", ["unused", "static", "two optimizers", "accumulation", "clipping in bf16"])
 def test_what_ddp_can_do_works_with_it(what, way):
     one, other = run_ranks(trained_otherwise, what, way)
     assert torch.equal(one[0], other[0]) and one[1] == other[1] < 0.97 * math.log(10)
