@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_optcore.distributed._compat import default_store
+from lightning_optcore.distributed.gathering import begin_anew
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def connect(
         timeout=timedelta(seconds=start_timeout),
         **options,
     )
+    begin_anew()
     if backend == "nccl":
         atexit.register(_destroy_dist_connection)
     rank_zero_info(f"distributed_backend={backend}: {world_size} ranks at {place}")

@@ -71,12 +71,16 @@ def begin_quantized(values: Tensor, collectives: Collectives, *, bits: int = 8) 
     if world_size <= 2:
         payload = quantize(values, bits)
         gathered, work = collectives.all_gather(payload)
+        own = dequantize(payload, n, bits)
 
         def finish() -> Tensor:
             work.wait()
-            return torch.stack([dequantize(row, n, bits) for row in gathered]).mean(0).to(values.dtype)
+            others = (row for rank, row in enumerate(gathered) if rank != collectives.rank)
+            # Of two numbers the sum is the same in either order, so that both ranks have the same mean.
+            total = sum((dequantize(row, n, bits) for row in others), own)
+            return (total / world_size).to(values.dtype)
 
-        return Exchange(dequantize(payload, n, bits).to(values.dtype), finish)
+        return Exchange(own.to(values.dtype), finish)
 
     part = -(-n // world_size)
     rows = torch.nn.functional.pad(values, (0, part * world_size - n)).view(world_size, part)
@@ -142,10 +146,11 @@ def quantize(values: Tensor, bits: int) -> Tensor:
     """
     block, greatest = _BLOCK[bits], 2 ** (bits - 1) - 1
     blocks = torch.nn.functional.pad(values.float(), (0, -values.numel() % block)).view(-1, block)
-    scales = blocks.abs().amax(1).div_(greatest)
-    steps = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_().clamp_(-greatest, greatest)
-    # A value that is not finite makes its whole block NaN, by the scale.
-    codes = steps.nan_to_num_(0.0).to(torch.int8).view(-1)[: values.numel() + values.numel() % 2]
+    low, high = blocks.aminmax(dim=1)
+    scales = torch.maximum(high, -low).div_(greatest)
+    # A value that is not finite makes its whole block so, by the scale.
+    steps = (blocks * scales.clamp_min(torch.finfo(torch.float32).tiny).reciprocal()[:, None]).round_()
+    codes = steps.to(torch.int8).view(-1)[: values.numel() + values.numel() % 2]
     if bits == 4:
         codes = codes.view(-1, 2)
         codes = (codes[:, 0] & 0xF) | (codes[:, 1] << 4)

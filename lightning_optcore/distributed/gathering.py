@@ -8,8 +8,14 @@ from typing import Any
 
 import torch
 
-# A store keeps what was set: each exchange has keys of its own. All ranks take part in all of them, in one order.
+# A store keeps what was set: each exchange has keys of its own. All ranks take part in all of them, in one order, since
+# their group has started.
 _exchanges: Counter[str] = Counter()
+
+
+def begin_anew() -> None:
+    """Count exchanges from the start of a process group; every rank must call it."""
+    _exchanges.clear()
 
 
 def gather(store: torch.distributed.Store, topic: str, rank: int, world_size: int, value: Any) -> list[Any]:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 
@@ -31,9 +25,10 @@ from lightning_optcore.distributed.progress import skip_done_batches
 from lightning_optcore.distributed.rescue import Rescues
 from lightning_optcore.distributed.watch import RankWatch
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from lightning_optcore.distributed.guarded import GuardedDDPStrategy
 
-_GRACE = 30.0  # seconds in which a process ends that knows of another one's failure
+log = logging.getLogger(__name__)
 
 
 class RankGuard:
@@ -173,7 +168,9 @@ class RankGuard:
             return None
         self.saving = True
         try:
-            return self.rescues.write(trainer, self.steps_before_batch, cast(Any, trainer.strategy).add_state)
+            return self.rescues.write(
+                trainer, self.steps_before_batch, cast("GuardedDDPStrategy", trainer.strategy).add_state
+            )
         finally:
             self.saving = False
 
@@ -182,47 +179,6 @@ class RankGuard:
         if self.watch is not None:
             self.watch.close()
             self.watch = None
-
-
-class GuardedSubprocesses(_SubprocessScriptLauncher):
-    """Lightning's launcher of subprocesses, or of the one that torchrun started, with a guard around each stage."""
-
-    guard: RankGuard
-
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        """Start the other processes where there are none yet, and run a stage."""
-        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not self.cluster_environment.creates_processes_externally:
-            self._call_children_scripts()
-            _PatientObserver(self.guard, self.procs).start()
-        _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs) if trainer is None else self.guard.run(trainer, function, *args, **kwargs)
-
-
-class GuardedMultiprocessing(_MultiProcessingLauncher):
-    """Lightning's launcher by ``multiprocessing``, with a guard around each stage."""
-
-    guard: RankGuard
-
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        """Start the processes, and run a stage in each."""
-        guarded = function if trainer is None else partial(self.guard.run, trainer, function)
-        return super().launch(guarded, *args, trainer=trainer, **kwargs)
-
-
-class _PatientObserver(_ChildProcessObserver):
-    """Kills this process after another one has died, as Lightning's does, but not while it saves and ends itself."""
-
-    def __init__(self, guard: RankGuard, child_processes: list[subprocess.Popen[bytes]]) -> None:
-        super().__init__(main_pid=os.getpid(), child_processes=child_processes)
-        self._guard = guard
-
-    def _terminate_all(self) -> None:
-        if self._guard.watch is not None:
-            time.sleep(self._guard.timeout + _GRACE)
-        while self._guard.saving:
-            time.sleep(1.0)
-        super()._terminate_all()
 
 
 def _is_for_me(rank: int, failed: Collection[int], node_ranks: range) -> bool:

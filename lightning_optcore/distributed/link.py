@@ -19,6 +19,7 @@ _SMALL, _LARGE = 8, 262_144
 # apart.
 _EXCHANGE_SHARE = 0.05
 _SHORTEST_PERIOD, _LONGEST_PERIOD = 8, 128
+_OVERLAP = 8
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def decide(num_values: int, step_seconds: float, link: Link, world_size: int, ma
         'none'
         >>> slow = decide(1_600_000, 0.1, Link(0.001, 12.5e6), world_size=2, max_share=0.1)
         >>> slow.communication, dict(slow.options)
-        ('diloco', {'period': 27})
+        ('diloco', {'period': 26, 'overlap': 8})
     """
     ring = 2 * (world_size - 1) / world_size
     whole = link.seconds(4 * num_values * ring)
@@ -110,6 +111,5 @@ def decide(num_values: int, step_seconds: float, link: Link, world_size: int, ma
         return Decision("bf16", {}, measured)
     exchange = link.seconds(num_values * (world_size - 1 if world_size <= 2 else ring))
     period = min(max(math.ceil(exchange / (_EXCHANGE_SHARE * step_seconds)), _SHORTEST_PERIOD), _LONGEST_PERIOD)
-    return Decision(
-        "diloco", {"period": period}, f"{measured}; an exchange of local updates takes {1e3 * exchange:.3g} ms"
-    )
+    options = {"period": period, "overlap": min(_OVERLAP, period // 2)}
+    return Decision("diloco", options, f"{measured}; an exchange of local updates takes {1e3 * exchange:.3g} ms")

@@ -55,8 +55,8 @@ class Rescues:
             world_size: Number of ranks.
         """
         run = os.environ.get("TORCHELASTIC_RUN_ID", time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}"))
-        run = re.sub(r"[^\w.-]", "_", gather(store, "rescue/run", rank, world_size, run)[0])
-        return cls(root / "rescues" / run / f"fit-{next(_fits)}")
+        run, fit = gather(store, "rescue/run", rank, world_size, [run, next(_fits)])[0]
+        return cls(root / "rescues" / re.sub(r"[^\w.-]", "_", run) / f"fit-{fit}")
 
     def begin(self, trainer: Trainer) -> None:
         """Note where the fit saves checkpoints, and since when, so that a restart finds them; for rank 0."""

@@ -9,7 +9,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
@@ -18,24 +17,21 @@ from typing import Any, Literal, cast
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, MixedPrecision, Precision
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lightning_optcore.distributed._compat import agree_on_signals_when, set_timeout
+from lightning_optcore.distributed._compat import agree_on_signals_when
 from lightning_optcore.distributed.collectives import Collectives
 from lightning_optcore.distributed.communication import CASTS, LOCAL, Communication, begin_of, checked_options
-from lightning_optcore.distributed.connection import connect
 from lightning_optcore.distributed.exchange import ErrorFeedback
 from lightning_optcore.distributed.gradient_hook import GradientHook
-from lightning_optcore.distributed.guard import GuardedMultiprocessing, GuardedSubprocesses, RankGuard
+from lightning_optcore.distributed.guarded import GuardedDDPStrategy
 from lightning_optcore.distributed.link import Decision, decide, measure_link
 from lightning_optcore.distributed.local_updates import LocalUpdates, average_optimizers
 from lightning_optcore.distributed.power_sgd import PowerSGD
@@ -48,7 +44,7 @@ STATE = "optcore_ddp"
 _TIMED_STEPS, _UNTIMED_STEPS = 10, 4
 
 
-class OptCoreDDPStrategy(DDPStrategy):
+class OptCoreDDPStrategy(GuardedDDPStrategy):
     """Train one model on many ranks, and send little.
 
     Every step's gradients are averaged whole (``"none"``), cast (``"fp16"``, ``"bf16"``), rounded with error feedback
@@ -79,8 +75,6 @@ class OptCoreDDPStrategy(DDPStrategy):
     """
 
     strategy_name = "optcore_ddp"
-    # Until they train, ranks may wait longer for each other: data are prepared, models are loaded.
-    start_timeout = 300.0
 
     def __init__(
         self,
@@ -99,10 +93,6 @@ class OptCoreDDPStrategy(DDPStrategy):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **ddp_kwargs: Any,
     ) -> None:
-        if not isinstance(timeout, (int, float)) or not timeout > 0:
-            raise MisconfigurationException(f"timeout={timeout!r}: expected seconds above 0")
-        if not isinstance(retry_attempts, int) or retry_attempts < 0:
-            raise MisconfigurationException(f"retry_attempts={retry_attempts!r}: expected a whole number, 0 or more")
         self.communication: str = communication
         self.communication_options = checked_options(communication, communication_options)
         if communication != "none" and ddp_kwargs.get("ddp_comm_hook") is not None:
@@ -116,12 +106,11 @@ class OptCoreDDPStrategy(DDPStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
             process_group_backend=backend,
-            timeout=timedelta(seconds=timeout),
+            timeout=timeout,
+            retry_attempts=retry_attempts,
             start_method=start_method,
             **ddp_kwargs,
         )
-        self.retry_attempts = retry_attempts
-        self.guard = RankGuard(timeout)
         self.uneven_inputs = uneven_inputs
         self.rank_times: list[RankTimes] = []
         self.decision: Decision | None = None
@@ -145,42 +134,15 @@ class OptCoreDDPStrategy(DDPStrategy):
         return 0 if self._collectives is None else self._collectives.bytes_sent
 
     @property
-    def _trainer(self) -> Trainer:
-        return cast(LightningModule, self.lightning_module).trainer
-
-    @property
     def learns_locally(self) -> bool:
         """Whether this rank makes steps of its own now."""
         return self.local_updates is not None
 
     # ---- the start ----
 
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        assert self.cluster_environment is not None
-        if self._start_method == "popen":
-            self._launcher = GuardedSubprocesses(self.cluster_environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = GuardedMultiprocessing(self, start_method=self._start_method)
-        self._launcher.guard = self.guard
-
     def setup_distributed(self) -> None:
-        """Join the other ranks, watch them, and resume what they saved if this is a restart."""
-        reset_seed()
-        self.set_world_ranks()
-        self._process_group_backend = self._get_process_group_backend()
-        assert self.cluster_environment is not None
-        store = connect(
-            self.cluster_environment,
-            self._process_group_backend,
-            start_timeout=self.start_timeout,
-            retry_attempts=self.retry_attempts,
-            device_id=None if self.root_device.type == "cpu" else self.root_device,
-        )
-        set_timeout(self.start_timeout)
-        self.guard.connected(
-            self._trainer, store, self.global_rank, self.world_size, self.cluster_environment.main_address
-        )
+        """Join the other ranks."""
+        super().setup_distributed()
         self._collectives = self._collectives or Collectives()
         if self.world_size == 1 and self.communication != "none":
             rank_zero_warn(f"communication={self.communication!r}: there is one rank only, which has nobody to tell")
@@ -230,8 +192,6 @@ class OptCoreDDPStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         """Take up what a checkpoint holds of the communication."""
         super().on_train_start()
-        self._ranks_are_ready()
-        self.guard.training_begins(self._trainer)
         self._steps = self._steps_logged = 0
         self._bytes_logged = self.bytes_sent
         shared, own = self._loaded or ({}, {})
@@ -248,7 +208,6 @@ class OptCoreDDPStrategy(DDPStrategy):
             for optimizer, state in zip(self.optimizers, own.get("optimizers", ()), strict=False):
                 optimizer.load_state_dict(state)
             _optimizers_to_device(self.optimizers, self.root_device)
-
         self._clock = StepClock()
         self._told.clear()
         if self.hook is not None:
@@ -257,13 +216,8 @@ class OptCoreDDPStrategy(DDPStrategy):
         if self.world_size > 1:
             agree_on_signals_when(self._trainer.fit_loop.epoch_loop, self._are_together, self._clock.leave_out)
 
-    def _ranks_are_ready(self) -> None:
-        assert self._timeout is not None
-        set_timeout(self._timeout.total_seconds())
-
     def process_dataloader(self, dataloader: object) -> object:
-        """Let a restart go on with its batch; give all ranks as many batches, if they may have unlike numbers."""
-        self.guard.loader_is_made(self._trainer, dataloader)
+        """Give all ranks as many training batches, if they may have unlike numbers."""
         loader = super().process_dataloader(dataloader)
         trainer = self._trainer
         trains = trainer.training and (
@@ -278,17 +232,11 @@ class OptCoreDDPStrategy(DDPStrategy):
     # ---- a step ----
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Note when the batch came, and tell the other ranks where this one is."""
+        """Note when the batch came."""
         super().on_train_batch_start(batch, batch_idx)
         if self._even is not None:
             self._even.next_step()
         self._clock.batch_arrived()
-        self.guard.batch_begins(self._trainer.global_step)
-
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        """Tell the other ranks where this one is."""
-        self.guard.phase("backward")
-        super().pre_backward(closure_loss)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Compute gradients; those of a batch that stands for none are 0."""
@@ -314,14 +262,7 @@ class OptCoreDDPStrategy(DDPStrategy):
         **kwargs: Any,
     ) -> Any:
         """Make the optimizer's step, and exchange what was learned where its time has come."""
-
-        def closure_before_step() -> Any:
-            loss = closure()
-            self.guard.phase("optimizer_step")
-            return loss
-
-        output = super().optimizer_step(optimizer, closure_before_step, model, **kwargs)
-        self.guard.step_is_made()
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self.world_size > 1:
             # Of several optimizers the first one counts the steps.
             counts = optimizer is self.optimizers[0]
@@ -449,8 +390,6 @@ class OptCoreDDPStrategy(DDPStrategy):
     def on_validation_start(self) -> None:
         """Bring the ranks together, so that one model is validated."""
         super().on_validation_start()
-        self._ranks_are_ready()
-        self.guard.phase("validation")
         self._bring_together()
 
     def on_validation_end(self) -> None:
@@ -458,22 +397,9 @@ class OptCoreDDPStrategy(DDPStrategy):
         super().on_validation_end()
         self._clock.pause()
 
-    def on_test_start(self) -> None:
-        """Tell the other ranks where this one is."""
-        super().on_test_start()
-        self._ranks_are_ready()
-        self.guard.phase("test")
-
-    def on_predict_start(self) -> None:
-        """Tell the other ranks where this one is."""
-        super().on_predict_start()
-        self._ranks_are_ready()
-        self.guard.phase("prediction")
-
     def on_train_end(self) -> None:
         """Bring the ranks together for good."""
         super().on_train_end()
-        self.guard.phase("train_end")
         self._bring_together()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -481,18 +407,12 @@ class OptCoreDDPStrategy(DDPStrategy):
         self._bring_together()
         return super().lightning_module_state_dict()
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the other ranks."""
-        with self.guard.within("barrier"):
-            super().barrier(*args, **kwargs)
-
     def _bring_together(self) -> None:
         if self.local_updates is not None and not self.guard.alone and self._trainer.state.fn == TrainerFn.FITTING:
             self.local_updates.bring_together()
 
     def teardown(self) -> None:
         """Leave the other ranks."""
-        self.guard.close()
         self.local_updates = None
         super().teardown()
 

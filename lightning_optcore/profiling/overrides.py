@@ -16,7 +16,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_optcore.profiling.profile_report import Recommendation
-from lightning_optcore.profiling.recommendations import LOADER, TRAINER, Advice
+from lightning_optcore.profiling.recommendations import LOADER, STRATEGY, TRAINER, Advice
 
 Compose = Callable[[list[str]], DictConfig]
 
@@ -25,8 +25,8 @@ class Overrides:
     """Turns advice into Hydra overrides, or into arguments where Hydra composed nothing.
 
     Args:
-        objects: What took part in the run, by owner: ``"trainer"``, ``"loader"``, callbacks by class name.
-            Of a loader's makers (data module, loader) all may be given.
+        objects: What took part in the run, by owner: ``"trainer"``, ``"loader"``, ``"strategy"``, callbacks by
+            class name. Of a loader's makers (data module, loader) all may be given.
         compose: Composes this run's configuration with further overrides; found from Hydra by default.
     """
 
@@ -80,7 +80,9 @@ class Overrides:
         return str(value).lower().replace("none", "null") == str(advice.value).lower()
 
     def _argument(self, advice: Advice) -> str:
-        takes = {TRAINER: "Trainer", LOADER: "DataLoader"}.get(advice.owner, advice.owner)
+        takes = {TRAINER: "Trainer", LOADER: "DataLoader", STRATEGY: "OptCoreDDPStrategy"}.get(
+            advice.owner, advice.owner
+        )
         return f"{takes}({advice.key}={advice.value})" if advice.key else f"without {takes}"
 
 

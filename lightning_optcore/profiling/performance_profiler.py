@@ -29,7 +29,7 @@ from lightning_optcore.profiling.overrides import Overrides
 from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, FORWARD, PHASES
 from lightning_optcore.profiling.probes import Probes
 from lightning_optcore.profiling.profile_report import Finding, Phase, ProfileReport
-from lightning_optcore.profiling.recommendations import LOADER, TRAINER, RunFacts, advise
+from lightning_optcore.profiling.recommendations import LOADER, STRATEGY, TRAINER, RunFacts, advise
 from lightning_optcore.profiling.summary import summary_text
 from lightning_optcore.profiling.system import Sampler
 from lightning_optcore.profiling.thresholds import Thresholds
@@ -447,6 +447,7 @@ def _facts(trainer: Any, loader: Any) -> RunFacts:
         val_check_interval=trainer.val_check_interval,
         check_val_every_n_epoch=trainer.check_val_every_n_epoch,
         batches_per_epoch=inf if getattr(loader, "persistent_workers", False) else trainer.num_training_batches,
+        communication=getattr(trainer.strategy, "communication", None),
     )
 
 
@@ -455,7 +456,7 @@ def _objects(trainer: Any, loader: Any) -> dict[str, list[Any]]:
     callbacks: dict[str, list[Any]] = {}
     for callback in trainer.callbacks:
         callbacks.setdefault(type(callback).__name__, []).append(callback)
-    return {**callbacks, TRAINER: [trainer], LOADER: makers}
+    return {**callbacks, TRAINER: [trainer], LOADER: makers, STRATEGY: [trainer.strategy]}
 
 
 def _count_ddp_often(trainer: Any) -> None:

@@ -14,6 +14,7 @@ from lightning_optcore.profiling.profile_report import Finding
 _SECONDS_TO_START = 0.05
 LOADER = "loader"
 TRAINER = "trainer"
+STRATEGY = "strategy"
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Advice:
     """A setting to change, before it is known where it is written.
 
     Args:
-        owner: Who takes the argument: ``"trainer"``, ``"loader"``, a callback's class name, or empty for code.
+        owner: Who takes the argument: ``"trainer"``, ``"loader"``, ``"strategy"``, a callback's class name, or empty
+            for code.
         key: The argument; empty to take the owner out.
         value: Its new value.
         speedup: Lowest and highest gain in samples a second.
@@ -46,6 +48,7 @@ class RunFacts:
         val_check_interval: As the Trainer has it.
         check_val_every_n_epoch: As the Trainer has it.
         batches_per_epoch: Batches between two starts of the workers; infinite where they persist.
+        communication: How the strategy sends gradients, if that can be chosen.
     """
 
     iterable: bool = False
@@ -54,6 +57,7 @@ class RunFacts:
     val_check_interval: float | int = 1.0
     check_val_every_n_epoch: int | None = 1
     batches_per_epoch: float = math.inf
+    communication: str | None = None
 
 
 def advise(finding: Finding, evidence: Evidence, facts: RunFacts) -> list[Advice]:
@@ -186,7 +190,14 @@ def _of_communication(finding: Finding, evidence: Evidence, facts: RunFacts) -> 
     batches = 4 * evidence.accumulate
     high = 1 / (1 - finding.share * (1 - evidence.accumulate / batches))
     why = "gradients travel once for several batches; the batch grows by that, and the learning rate may have to follow"
-    return [Advice(TRAINER, "accumulate_grad_batches", batches, _range(high), why)]
+    seldom = Advice(TRAINER, "accumulate_grad_batches", batches, _range(high), why)
+    if facts.communication not in (None, "none"):
+        return [seldom]
+    little, bound = "less is sent than whole gradients, as little as the link calls for", (1.0, finding.speedup_bound)
+    if facts.communication is None:
+        where = "strategy=optcore_ddp strategy.communication=auto (OptCoreDDPStrategy)"
+        return [seldom, Advice("", where, None, bound, little)]
+    return [seldom, Advice(STRATEGY, "communication", "auto", bound, little)]
 
 
 def _range(gain: float) -> tuple[float, float]:

@@ -79,6 +79,16 @@ def test_a_phase_that_comes_too_often_comes_less_often(phase, facts, key, value)
     assert 1 < low < high < 2.5
 
 
+def test_gradients_that_wait_for_a_link_are_sent_by_a_strategy_that_sends_less():
+    waits = evidence(communication=0.5)
+    found = diagnose(waits)[0]
+    _, stock = advise(found, waits, RunFacts())
+    assert stock.owner == "" and "strategy=optcore_ddp strategy.communication=auto" in stock.key
+    _, ours = advise(found, waits, RunFacts(communication="none"))
+    assert (ours.owner, ours.key, ours.value) == ("strategy", "communication", "auto")
+    assert len(advise(found, waits, RunFacts(communication="diloco"))) == 1
+
+
 def test_the_slowest_callback_is_taken_out():
     found = replace(evidence(callback=0.5), details={"Slow": 0.4, "Quick": 0.1})
     advice = first(found)
