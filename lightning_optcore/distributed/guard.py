@@ -41,6 +41,7 @@ class RankGuard:
         watch: Knows the other ranks; None while there are none.
         steps_before_batch: The global step when the current batch began.
         alone: Whether another rank has failed: there is nobody to talk to.
+        training: Whether training has begun, so that there is something to lose.
         saving: Whether this rank saves what it knows.
     """
 
@@ -49,7 +50,7 @@ class RankGuard:
         self.watch: RankWatch | None = None
         self.rescues: Rescues | None = None
         self.steps_before_batch = 0
-        self.saving = self.alone = self._training = self._resumes = False
+        self.saving = self.alone = self.training = self._resumes = False
 
     def run(self, trainer: Trainer, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a stage of a Trainer.
@@ -57,10 +58,10 @@ class RankGuard:
         Raises:
             RankFailure: Instead of an error of the process group, if another rank is its cause.
         """
-        self.alone = self._training = self._resumes = False
+        self.alone = self.training = self._resumes = False
         try:
             result = function(*args, **kwargs)
-            if self._training and self.rescues is not None and trainer.is_global_zero:
+            if self.training and self.rescues is not None and trainer.is_global_zero:
                 self.rescues.clear()
             return result
         except _TunerExitException:
@@ -116,7 +117,7 @@ class RankGuard:
         """Note where checkpoints will be, and let ``SIGTERM`` interrupt nobody who is left alone."""
         if self.watch is None or self.rescues is None:
             return
-        self._training = True
+        self.training = True
         if trainer.is_global_zero:
             self.rescues.begin(trainer)
             if restart_count() and trainer.ckpt_path:
@@ -158,7 +159,7 @@ class RankGuard:
 
     def _save(self, trainer: Trainer) -> Path | None:
         assert self.watch is not None
-        if not self._training or self.rescues is None or self.watch.current_phase == "optimizer_step":
+        if not self.training or self.rescues is None or self.watch.current_phase == "optimizer_step":
             return None
         ranks = trainer.num_devices
         first = trainer.node_rank * ranks

@@ -79,7 +79,7 @@ class _PatientObserver(_ChildProcessObserver):
         self._guard = guard
 
     def _terminate_all(self) -> None:
-        if self._guard.watch is not None:
+        if self._guard.training:
             time.sleep(self._guard.timeout + _GRACE)
         while self._guard.saving:
             time.sleep(1.0)
