@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from warm import run_program
 
 from lightning_optcore import Latency, Measurement
 
@@ -122,14 +122,7 @@ def optcore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command in ``tmp_path`` as a user would; its output comes back, whatever its exit code."""
 
     def run(*arguments: str, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "lightning_optcore.cli", *arguments],
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return run_program(["-m", "lightning_optcore.cli", *arguments], cwd=cwd, env=env, seconds=240)
 
     return run
