@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
 from lightning.pytorch import Callback, LightningModule, Trainer
-from warm import run_program
 
 from lightning_optcore import Latency, Measurement
 
@@ -123,6 +124,6 @@ def optcore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: str, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        return run_program(["-m", "lightning_optcore.cli", *arguments], cwd=cwd, env=env, seconds=240)
+        return warm.run([sys.executable, "-m", "lightning_optcore.cli", *arguments], cwd=cwd, env=env)
 
     return run

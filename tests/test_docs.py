@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from warm import run_program
+import warm
 
 import lightning_optcore
 
@@ -50,10 +50,11 @@ def _run(language, code, folder, environment):
     """Run a block; lines of ``optcore`` alone one after another, as Python's, where torch is loaded already."""
     commands = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
     if language == "python":
-        yield run_program(["-c", code], cwd=folder, env=environment)
+        yield warm.run([sys.executable, "-c", code], cwd=folder, env=environment)
     elif all(not words or words[0] == "optcore" for words in commands) and not re.search(r"[|&;<>$`*(){}]", code):
         for words in filter(None, commands):
-            yield run_program(["-m", "lightning_optcore.cli", *words[1:]], cwd=folder, env=environment)
+            command = [sys.executable, "-m", "lightning_optcore.cli", *words[1:]]
+            yield warm.run(command, cwd=folder, env=environment)
     else:
         bash = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 280}
         yield subprocess.run(["bash", "-euc", code], check=False, **bash)
