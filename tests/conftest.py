@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_optcore import Latency, Measurement
@@ -122,14 +123,7 @@ def optcore(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command in ``tmp_path`` as a user would; its output comes back, whatever its exit code."""
 
     def run(*arguments: str, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "lightning_optcore.cli", *arguments],
-            cwd=cwd,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return warm.run([sys.executable, "-m", "lightning_optcore.cli", *arguments], cwd=cwd, env=env)
 
     return run

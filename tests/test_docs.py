@@ -11,11 +11,13 @@ import importlib
 import os
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 import lightning_optcore
 
@@ -40,11 +42,22 @@ def test_the_blocks_of_a_page_run(page, tmp_path):
         assert language in {"python", "sh", "console", "text", "yaml"}, f"```{language}"
         if language not in {"python", "sh"}:
             continue
-        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euc", code]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
-        )
-        assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
+        for done in _run(language, code, tmp_path, environment):
+            assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
+
+
+def _run(language, code, folder, environment):
+    """Run a block; lines of ``optcore`` alone one after another, as Python's, where torch is loaded already."""
+    commands = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    if language == "python":
+        yield warm.run([sys.executable, "-c", code], cwd=folder, env=environment)
+    elif all(not words or words[0] == "optcore" for words in commands) and not re.search(r"[|&;<>$`*(){}]", code):
+        for words in filter(None, commands):
+            command = [sys.executable, "-m", "lightning_optcore.cli", *words[1:]]
+            yield warm.run(command, cwd=folder, env=environment)
+    else:
+        bash = {"cwd": folder, "env": environment, "capture_output": True, "text": True, "timeout": 280}
+        yield subprocess.run(["bash", "-euc", code], check=False, **bash)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

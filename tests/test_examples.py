@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from lightning_optcore import load_artifact
 
@@ -22,15 +22,7 @@ def run(tmp_path):
     def start(folder: Path, *arguments: str) -> str:
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("outputs", "__pycache__", "artifact"))
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=copy,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        done = warm.run([sys.executable, *arguments], cwd=copy, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

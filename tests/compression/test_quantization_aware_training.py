@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -239,8 +240,8 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_artifact(tmp_path, 
     def command(name: str, *more: str) -> list[str]:
         return [sys.executable, str(KILLED), str(tmp_path / name), "--net", net, "--quantize", *more]
 
-    subprocess.run(command("whole"), env=environment, check=True, capture_output=True)
-    killed = subprocess.Popen(command("killed", "--slow"), env=environment, stderr=subprocess.DEVNULL)
+    warm.run(command("whole"), env=environment, check=True)
+    killed = warm.Running(command("killed", "--slow"), env=environment)
     last = tmp_path / "killed" / "last.ckpt"
     end = time.monotonic() + 120
     while not (tmp_path / "killed" / "epoch=2.ckpt").exists():
@@ -251,7 +252,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_artifact(tmp_path, 
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "killed" / "final.pt").exists()
-    subprocess.run(command("killed", "--resume", str(last)), env=environment, check=True, capture_output=True)
+    warm.run(command("killed", "--resume", str(last)), env=environment, check=True)
     whole, resumed = (torch.load(tmp_path / name / "final.pt", weights_only=True) for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

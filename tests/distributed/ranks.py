@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -10,8 +9,7 @@ import traceback
 from collections.abc import Callable, Collection
 from typing import Any
 
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "lightning.pytorch", "lightning_optcore.strategies"])
+from warm import PROCESSES
 
 
 def run_ranks(
@@ -26,8 +24,8 @@ def run_ranks(
         port = free.getsockname()[1]
     receivers, processes = [], []
     for rank in range(world_size):
-        receiver, sender = _PROCESSES.Pipe(duplex=False)
-        process = _PROCESSES.Process(target=_rank, args=(function, args, rank, world_size, port, sender), daemon=True)
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=_rank, args=(function, args, rank, world_size, port, sender), daemon=True)
         process.start()
         sender.close()
         receivers.append(receiver)

@@ -6,11 +6,11 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+import warm
 
 from lightning_optcore.jobs.nas import retraining_overrides
 from lightning_optcore.store import Store
@@ -203,7 +203,7 @@ def test_what_is_learned_trains_again_as_it_did(optcore, tmp_path):
 def test_killed_it_continues_by_the_same_command(optcore, tmp_path):
     arguments = ("nas", "nas.max_trials=5", "nas/strategy=random", "objective=[val/acc]", *SMALL)
     command = [sys.executable, "-m", "lightning_optcore.cli", *arguments]
-    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+    with warm.Running(command, cwd=tmp_path, start_new_session=True) as process:
         deadline = time.monotonic() + 200
         while sum(one.ended for _, trials in known(tmp_path) for one in trials) < 2:
             assert process.poll() is None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import warm
 
 from lightning_optcore.nas import search
 from lightning_optcore.nas.space import ArchitectureSpace
@@ -280,7 +280,7 @@ def test_killed_five_times_30_architectures_are_paid_once_each(tmp_path, n_jobs)
 
     for killed in range(5):
         wanted = 4 * (killed + 1)
-        with subprocess.Popen(command, start_new_session=True) as process:
+        with warm.Running(command, start_new_session=True) as process:
             deadline = time.monotonic() + 120
             while len(ended()) < wanted:
                 assert process.poll() is None
@@ -289,7 +289,7 @@ def test_killed_five_times_30_architectures_are_paid_once_each(tmp_path, n_jobs)
             # While the next one is under way.
             time.sleep(0.12)
             os.killpg(process.pid, signal.SIGKILL)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = warm.run(command)
     assert done.stdout.split() == ["30", "30", "1"], done.stderr
     assert len(ended()) == 30
     assert len(set(ended())) == 30

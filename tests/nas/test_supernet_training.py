@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from one_shot_searches import cells, edges, evaluator, searched
@@ -154,7 +154,7 @@ def test_killed_in_either_phase_nothing_is_trained_or_judged_twice(tmp_path):
         return [line for line in log.read_text().splitlines() if line.startswith(begin)]
 
     def killed(begin, count):
-        with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        with warm.Running(command, start_new_session=True) as process:
             deadline = time.monotonic() + 200
             while len(lines(begin)) < count:
                 assert process.poll() is None
@@ -171,7 +171,7 @@ def test_killed_in_either_phase_nothing_is_trained_or_judged_twice(tmp_path):
     assert len(lines("ended")) == 2
     written = (folder := next(tmp_path.glob("nas/*"))) / "supernet.ckpt"
     before = written.stat().st_mtime_ns
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    done = warm.run(command)
     assert done.stdout.split()[-3:] == ["6", "6", "1"], done.stderr
     assert len(lines("epoch")) == 7
     assert len(lines("ended")) == 6

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from made_sweeps import figures, written
 from omegaconf import OmegaConf
@@ -31,9 +32,7 @@ def run_app(folder, *overrides, path=""):
                "hydra.sweeper.store=outputs/s.db", "hydra.sweep.dir=sweep", *overrides]  # fmt: skip
     paths = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=250, check=False
-    )
+    return warm.run(command, cwd=folder, env=environment)
 
 
 def test_a_real_sweep_leaves_its_page(tmp_path, optcore):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
@@ -255,9 +256,7 @@ def environment():
 
 
 def sweep(folder, *overrides, check=True):
-    done = subprocess.run(
-        command(*overrides), cwd=folder, env=environment(), capture_output=True, text=True, timeout=250, check=False
-    )
+    done = warm.run(command(*overrides), cwd=folder, env=environment())
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
@@ -362,6 +361,7 @@ def test_optcore_train_over_processes(tmp_path):
         *("callbacks.population_member.epochs=2", "trainer.max_epochs=4", "measure.rounds=3", "objective=val/acc"),
         "model.lr=tag(log, interval(0.00001, 0.1))",
     ]
+    # joblib's processes do not start from one that was forked.
     done = subprocess.run(
         words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=250, check=False
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import random
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import warm
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optcore.callbacks import TrialPruning
@@ -196,7 +196,7 @@ def test_a_sweep_of_trainings_ends_the_bad_ones_early(tmp_path, method):
         "model.lr=0.02,0.01,0.000001,0.0000001",
     ]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=250, check=False)
+    done = warm.run(words, cwd=tmp_path, env=environ)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     with Store(tmp_path / "outputs" / "optcore.db") as store:
         journal = Journal(store)

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import killed_plan
 import pytest
 import torch
+import warm
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
@@ -30,7 +30,7 @@ def test_a_plan_that_was_killed_comes_to_the_same_matrix(tmp_path, monkeypatch):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for fit, done in ((1, 0), (2, 1)):
         command = [sys.executable, str(HERE / "killed_plan.py"), str(broken), str(fit)]
-        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+        ended = warm.run(command, env=environment)
         assert ended.returncode == -9, ended.stderr[-2000:]
         assert len(json.loads((broken / "continual.json").read_text())["rows"]) == done
     assert killed_plan.run(broken, fit=0) == killed_plan.run(tmp_path / "whole", fit=0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import BackboneFinetuning
@@ -66,7 +67,7 @@ def test_a_training_resumes_in_a_process_of_its_own_without_the_pretrained_weigh
     torch.save(Network().state_dict(), tmp_path / "pretrained.pt")
     whole = fit(tmp_path, DiscriminativeFinetuning(tmp_path / "pretrained.pt"), Network())
     script = Path(__file__).parent / "finetuning_run.py"
-    subprocess.run([sys.executable, script, tmp_path, "resume"], check=True, timeout=200, cwd=tmp_path)
+    warm.run([sys.executable, script, tmp_path, "resume"], check=True, cwd=tmp_path)
     assert same(whole, torch.load(tmp_path / "resumed.pt", weights_only=True))
 
 
