@@ -142,7 +142,7 @@ def run(*arguments: str, restart: int | None = None) -> str:
     model.failing = options
     try:
         trainer.fit(model, Digits(batch_size=64, num_workers=options.workers))
-    except RankFailure as failure:
+    except (RankFailure, ValueError) as failure:
         if restart is None:
             raise
         return str(failure)
