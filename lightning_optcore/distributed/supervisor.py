@@ -1,0 +1,153 @@
+"""A process that trains nothing: it starts the replicas, starts them again when they die, and knows who is alive."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.distributed import TCPStore
+
+from lightning_optcore.distributed.replica_group import serving_store
+
+# Where a replica finds the lighthouse and the store of its supervisor.
+LIGHTHOUSE, STORE = "OPTCORE_LIGHTHOUSE", "OPTCORE_STORE"
+_POLL_SECONDS = 0.05
+
+
+def active_key(pid: int) -> str:
+    """Return the key that a replica sets in the supervisor's store when it knows the state of the training."""
+    return f"active/{pid}"
+
+
+def supervise(
+    commands: Sequence[Sequence[str]],
+    *,
+    max_restarts: int,
+    timeout: float,
+    heartbeat_timeout: float,
+    host: str = "127.0.0.1",
+    environment: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+) -> int:
+    """Run replicas until they have finished, and start again those that die while others go on.
+
+    Args:
+        commands: One for a replica, by rank.
+        max_restarts: How often each is started again.
+        timeout: Seconds that replicas wait for one which is alive and does not answer, and the last ones are waited
+            for when one has finished.
+        heartbeat_timeout: Seconds of silence after which one is taken for dead.
+        host: The only address at which the lighthouse and the store listen.
+        environment: Of the replicas; by default that of this process.
+        cwd: Where they run.
+
+    Returns:
+        0 if one of them finished, otherwise the exit code of the last one that trained.
+    """
+    os.environ.setdefault("RUST_LOG", "error")  # torchft tells every step otherwise.
+    from torchft.coordination import LighthouseServer
+
+    lighthouse = LighthouseServer(
+        bind=f"{host}:0",
+        min_replicas=1,
+        join_timeout_ms=int(timeout * 1000),
+        quorum_tick_ms=50,
+        heartbeat_timeout_ms=int(heartbeat_timeout * 1000),
+    )
+    store = serving_store(host, timeout)
+    shared = {
+        **(os.environ if environment is None else environment),
+        # It tells the name of the machine, which need not lead to the address at which it listens.
+        LIGHTHOUSE: f"http://{host}:{lighthouse.address().rsplit(':', 1)[1]}",
+        STORE: f"{host}:{store.port}",
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(len(commands)),
+    }
+    replicas = _Replicas(commands, shared, store, cwd, max_restarts)
+    before = _on_sigterm(_end)
+    try:
+        return replicas.run(timeout)
+    finally:
+        replicas.kill()
+        _on_sigterm(before)
+        lighthouse.shutdown()
+
+
+class _Replicas:
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        environment: Mapping[str, str],
+        store: TCPStore,
+        cwd: str | None,
+        max_restarts: int,
+    ) -> None:
+        self.commands, self.environment, self.store, self.cwd = commands, environment, store, cwd
+        self.restarts_left = [max_restarts] * len(commands)
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, rank: int) -> None:
+        environment = {**self.environment, "LOCAL_RANK": str(rank)}
+        self.running[rank] = subprocess.Popen(self.commands[rank], env=environment, cwd=self.cwd)
+
+    def is_active(self, rank: int) -> bool:
+        return self.store.check([active_key(self.running[rank].pid)])
+
+    def kill(self, ranks: Sequence[int] | None = None) -> None:
+        for rank in list(self.running if ranks is None else ranks):
+            replica = self.running.pop(rank)
+            replica.kill()
+            replica.wait()
+
+    def run(self, timeout: float) -> int:
+        for rank in range(len(self.commands)):
+            self.start(rank)
+        finished_at: float | None = None
+        while self.running:
+            for rank, replica in list(self.running.items()):
+                code = replica.poll()
+                if code is None:
+                    continue
+                del self.running[rank]
+                if code == 0:
+                    finished_at = finished_at or time.monotonic()
+                elif finished_at is None and not self._goes_on_without(rank, code):
+                    return code if code > 0 else 128 - code
+            if finished_at is not None:
+                # Whoever still waits to be let in has come too late.
+                self.kill([rank for rank in self.running if not self.is_active(rank)])
+                if self.running and time.monotonic() > finished_at + timeout:
+                    rank_zero_warn(f"replicas {sorted(self.running)} did not finish in {timeout:g} s: they are ended")
+                    self.kill()
+            time.sleep(_POLL_SECONDS)
+        return 0
+
+    def _goes_on_without(self, rank: int, code: int) -> bool:
+        how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        if not any(self.is_active(other) for other in self.running):
+            rank_zero_warn(f"replica {rank} {how}, and no other one is left that knows the state of the training")
+            return False
+        if not self.restarts_left[rank]:
+            rank_zero_warn(f"replica {rank} {how}: its restarts are used up, and the others go on without it")
+            return True
+        self.restarts_left[rank] -= 1
+        rank_zero_info(f"replica {rank} {how}: it is started again, {self.restarts_left[rank]} restarts are left")
+        self.start(rank)
+        return True
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _on_sigterm(handler: signal._HANDLER) -> signal._HANDLER:
+    # Handlers can be set by the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, handler)

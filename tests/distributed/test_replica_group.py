@@ -1,0 +1,160 @@
+"""Collectives among replicas that come and go: threads of one process, each a replica, and a real lighthouse."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import replace
+from pickle import UnpicklingError
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from lightning_optcore.distributed.replica_group import (
+    Member,
+    OutOfStepError,
+    ReplicaGroup,
+    packed,
+    serving_store,
+    unpacked,
+    who_goes_on,
+)
+
+ONE = Member(0, "", 1, completed=7, joining=False, admits=True, collective="gradients", link="a")
+TWO = replace(ONE, rank=1)
+NEW = replace(ONE, rank=2, completed=0, joining=True, admits=False, collective="join", link="")
+
+
+@pytest.mark.parametrize(
+    ("present", "expected"),
+    [
+        pytest.param([TWO, ONE], [0, 1], id="all"),
+        pytest.param([NEW, TWO], [1, 2], id="one joins"),
+        pytest.param([NEW, TWO, replace(ONE, admits=False)], [0, 1], id="not now"),
+        pytest.param([NEW, TWO, replace(ONE, admits=False, completed=6)], [0, 1, 2], id="who is behind is not asked"),
+        pytest.param([NEW, TWO, replace(ONE, completed=5)], [1, 2], id="who is far behind is left"),
+        pytest.param([replace(NEW, fit=2), ONE], [0], id="another fit"),
+        pytest.param([NEW, replace(NEW, rank=0)], [], id="not all have come"),
+        pytest.param([NEW, replace(NEW, rank=1), replace(NEW, rank=0)], [0, 1, 2], id="all begin"),
+    ],
+)
+def test_who_goes_on(present, expected):
+    assert [member.rank for member in who_goes_on(present, world_size=3)] == expected
+
+
+def test_replicas_that_do_different_things_are_told():
+    with pytest.raises(OutOfStepError, match=r"rank 0 does 'barrier x', rank 1 does 'gradients'"):
+        who_goes_on([replace(ONE, collective="barrier x"), TWO], world_size=2)
+
+
+def test_what_is_received_executes_nothing():
+    value = {"weights": torch.ones(2), "epoch": 3, "name": None}
+    assert torch.equal(unpacked(packed(value))["weights"], value["weights"])
+    with pytest.raises(UnpicklingError):
+        unpacked(packed(os.system))
+
+
+def test_a_store_listens_on_one_address():
+    store = serving_store("127.0.0.1", 5.0)
+    listening = [c.laddr for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening if address.port == store.port] == ["127.0.0.1"]
+    with socket.create_connection(("127.0.0.1", store.port), timeout=5):
+        pass
+
+
+@pytest.fixture
+def lighthouse() -> Iterator[str]:
+    os.environ.setdefault("RUST_LOG", "error")
+    from torchft.coordination import LighthouseServer
+
+    server = LighthouseServer(
+        bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=5000, quorum_tick_ms=20, heartbeat_timeout_ms=600
+    )
+    yield f"http://127.0.0.1:{server.address().rsplit(':', 1)[1]}"
+    server.shutdown()
+
+
+class Thread:
+    """A replica in a thread."""
+
+    def __init__(self, rank: int, world_size: int, lighthouse: str) -> None:
+        self.group = ReplicaGroup(rank, world_size, lighthouse, timeout=5.0)
+        self.pool = ThreadPoolExecutor(1)
+        self.joined = self.pool.submit(self.group.join, lambda begins: {"begins": begins, "of": rank})
+
+    def sum(self, value: float, admits: bool = False) -> Any:
+        return self.pool.submit(
+            self.group.sum, "sum", lambda leads: [torch.tensor([value, float(leads)])], admits=admits
+        )
+
+    def die(self) -> None:
+        self.group._heartbeat.shutdown()
+        self.group._leave()
+
+
+def test_members_come_and_go(lighthouse):
+    first, second = (Thread(rank, 2, lighthouse) for rank in (0, 1))
+    assert first.joined.result(20) is None
+    assert second.joined.result(20) == {"begins": True, "of": 0}
+    assert [one.sum(value) for one, value in ((first, 1.0), (second, 2.0))][1].result(20)[0].tolist() == [3.0, 1.0]
+    gathered = [t.pool.submit(t.group.gather, "names", packed(t.group.rank)) for t in (first, second)]
+    assert [unpacked(one) for one in gathered[0].result(20)] == [0, 1]
+
+    # The first one dies, and the second one does alone what it began with it.
+    waiting = second.sum(5.0)
+    first.die()
+    assert waiting.result(20)[0].tolist() == [5.0, 1.0]
+    assert second.group.ranks == (1,)
+
+    # It comes back as another process would, and waits until it is let in.
+    again = Thread(0, 2, lighthouse)
+    assert second.sum(6.0).result(20)[0].tolist() == [6.0, 1.0]
+    assert not again.joined.done()
+    while True:
+        alone = second.sum(7.0, admits=True)
+        wait([alone, again.joined], timeout=20, return_when=FIRST_COMPLETED)
+        if again.joined.done():
+            break
+    assert again.joined.result(20) == {"begins": False, "of": 1}
+    assert again.group.completed == second.group.completed
+    assert again.sum(1.0, admits=True).result(20)[0].tolist() == [8.0, 1.0] == alone.result(20)[0].tolist()
+
+
+def test_who_missed_a_result_is_given_it(lighthouse):
+    first, second = (Thread(rank, 2, lighthouse) for rank in (0, 1))
+    first.joined.result(20), second.joined.result(20)
+    link = second.group._link
+
+    class Breaks:
+        """Does what it is told, and loses the answer."""
+
+        def allreduce(self, tensors: list[torch.Tensor]) -> None:
+            link.allreduce(tensors).wait()
+            tensors[0].zero_()
+            raise RuntimeError("Connection closed by peer")
+
+        def abort(self) -> None:
+            link.abort()
+
+    second.group._link = Breaks()
+    lost, done = second.sum(2.0, admits=True), first.sum(1.0, admits=True)
+    assert done.result(20)[0].tolist() == [3.0, 1.0]
+    following = first.sum(10.0, admits=True)
+    assert lost.result(20)[0].tolist() == [3.0, 1.0]
+    assert second.sum(20.0, admits=True).result(20)[0].tolist() == [30.0, 1.0] == following.result(20)[0].tolist()
+    assert first.group.completed == second.group.completed == 2
+
+
+def test_who_does_something_else_is_told(lighthouse):
+    first, second = (Thread(rank, 2, lighthouse) for rank in (0, 1))
+    first.joined.result(20), second.joined.result(20)
+    nothing = torch.empty(0, dtype=torch.uint8)
+    both = [first.pool.submit(first.group.gather, "barrier", nothing)]
+    both.append(second.pool.submit(second.group.gather, "broadcast", nothing))
+    for one in both:
+        with pytest.raises(OutOfStepError, match="and others do not"):
+            one.result(20)
