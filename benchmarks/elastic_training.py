@@ -69,7 +69,6 @@ def train(folder: Path, steps: int, seed: int, pause: float) -> None:
         strategy=ElasticDDPStrategy(max_restarts=100),
         max_steps=steps,
         max_epochs=math.ceil(steps / (IMAGES // (2 * BATCH))),
-        limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

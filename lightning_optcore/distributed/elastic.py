@@ -36,6 +36,9 @@ from lightning_optcore.distributed.replica_group import ReplicaGroup, packed, un
 from lightning_optcore.distributed.supervisor import LIGHTHOUSE, STORE, active_key, supervise
 
 T = TypeVar("T")
+# Key of what Lightning's checkpoints leave out.
+_IN_STEP = "optcore_in_step"
+_OF_MODEL_CHECKPOINT = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation")
 # A process is one replica, however many Trainers it makes.
 _PROCESS: dict[str, Any] = {}
 
@@ -121,6 +124,11 @@ class ElasticDDPStrategy(ParallelStrategy):
     def num_nodes(self, num_nodes: int) -> None:
         if num_nodes != 1:
             raise MisconfigurationException(f"num_nodes={num_nodes}: the supervisor starts replicas on one machine")
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the lowest rank that lives."""
+        return self.global_rank == self._first_rank
 
     @property
     def is_distributed(self) -> bool:
@@ -211,7 +219,7 @@ class ElasticDDPStrategy(ParallelStrategy):
             del checkpoint[key]
         # Lightning counts the batch that a checkpoint was written in as done with.
         checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-        return checkpoint
+        return {**checkpoint, _IN_STEP: _in_step(self._trainer)}
 
     def _take(self, state: dict[str, Any] | None) -> None:
         if state is None:
@@ -225,6 +233,7 @@ class ElasticDDPStrategy(ParallelStrategy):
         connector.restore_datamodule()
         connector.restore_model()
         connector.restore_callbacks()
+        _get_in_step(self._trainer, state[_IN_STEP])
         progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         self._skip_batches = progress["completed"]
         # What the others did in common up to their batch is done.
@@ -351,7 +360,7 @@ class ElasticDDPStrategy(ParallelStrategy):
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Have the lowest rank that lives remove it."""
-        if self.global_rank == self._first_rank:
+        if self.is_global_zero:
             self.checkpoint_io.remove_checkpoint(filepath)
 
     @property
@@ -370,6 +379,33 @@ class ElasticDDPStrategy(ParallelStrategy):
     @property
     def _trainer(self) -> Trainer:
         return self._module.trainer
+
+
+# ---- by what else Lightning decides which collective comes next ----
+
+
+def _in_step(trainer: Trainer) -> dict[str, Any]:
+    """Return what checkpoints leave out: without it, one who joins would save or stop when others do not."""
+    connector = trainer._logger_connector
+    return {
+        "should_stop": trainer.should_stop,
+        "metrics": [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics],
+        "checkpoints": [
+            {name: getattr(callback, name) for name in _OF_MODEL_CHECKPOINT if hasattr(callback, name)}
+            for callback in trainer.checkpoint_callbacks
+        ],
+    }
+
+
+def _get_in_step(trainer: Trainer, state: dict[str, Any]) -> None:
+    connector = trainer._logger_connector
+    trainer.should_stop = state["should_stop"]
+    mine = (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics)
+    for metrics, theirs in zip(cast(Any, mine), state["metrics"], strict=True):
+        metrics.update(theirs)
+    for callback, attributes in zip(trainer.checkpoint_callbacks, state["checkpoints"], strict=True):
+        for name, value in attributes.items():
+            setattr(callback, name, value)
 
 
 # ---- what a process does with the others ----

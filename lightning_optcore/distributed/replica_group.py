@@ -44,6 +44,7 @@ class Member:
         store: Address of the store that it serves.
         fit: Of the fits of its program, the one it is in.
         completed: Collectives so far.
+        since: How many there were when it joined.
         joining: Whether it knows nothing yet.
         admits: Whether those who join may be let in now.
         collective: What it is about to do.
@@ -54,6 +55,7 @@ class Member:
     store: str
     fit: int
     completed: int
+    since: int
     joining: bool
     admits: bool
     collective: str
@@ -63,12 +65,16 @@ class Member:
 def who_goes_on(present: Sequence[Member], world_size: int) -> tuple[Member, ...]:
     """Return those who do the next collective together, by rank; all who ask at once get the same answer.
 
-    Members that are more than one collective behind are left out, and those who join too, unless all who are ahead
-    admit them. Where nobody has begun, all must be there.
+    Members that are more than one collective behind are left out, and those who do something else than the ones who
+    were there before them; those who join are left out unless all who are ahead admit them. Where nobody has begun, all
+    must be there.
+
+    Raises:
+        OutOfStepError: If members that were there equally long do different things.
 
     Example:
-        >>> first = Member(0, "", 1, completed=7, joining=False, admits=True, collective="gradients", link="a")
-        >>> again = Member(1, "", 1, completed=0, joining=True, admits=False, collective="join", link="")
+        >>> first = Member(0, "", 1, 7, since=0, joining=False, admits=True, collective="gradients", link="a")
+        >>> again = Member(1, "", 1, 0, since=0, joining=True, admits=False, collective="join", link="")
         >>> [member.rank for member in who_goes_on([again, first], world_size=2)]
         [0, 1]
     """
@@ -78,10 +84,13 @@ def who_goes_on(present: Sequence[Member], world_size: int) -> tuple[Member, ...
         return tuple(sorted(present, key=lambda member: member.rank)) if whole else ()
     newest = max(member.completed for member in begun)
     ahead = [member for member in begun if member.completed == newest]
-    if len({member.collective for member in ahead}) > 1:
+    oldest = min(member.since for member in ahead)
+    expected = {member.collective for member in ahead if member.since == oldest}
+    if len(expected) > 1:
         told = ", ".join(f"rank {member.rank} does {member.collective!r}" for member in ahead)
         raise OutOfStepError(f"replicas do not do the same: {told}")
-    goes_on = [member for member in begun if member.completed >= newest - 1]
+    ahead = [member for member in ahead if member.collective in expected]
+    goes_on = ahead + [member for member in begun if member.completed == newest - 1]
     if all(member.admits for member in ahead):
         goes_on += [member for member in present if member.joining and member.fit == ahead[0].fit]
     return tuple(sorted(goes_on, key=lambda member: member.rank))
@@ -131,6 +140,7 @@ class ReplicaGroup:
     Attributes:
         ranks: Who did the last collective; empty before this one has joined.
         completed: Collectives so far.
+        since: How many there were when it joined.
         changes: How often others came or went.
     """
 
@@ -142,7 +152,7 @@ class ReplicaGroup:
 
         self.rank, self.world_size = rank, world_size
         self.ranks: tuple[int, ...] = ()
-        self.completed = self.fit = self.changes = 0
+        self.completed = self.since = self.fit = self.changes = 0
         self._host, self._timeout = host, timedelta(seconds=timeout)
         self._store = serving_store(host, timeout)
         # One that is started again is another one to the lighthouse.
@@ -216,12 +226,14 @@ class ReplicaGroup:
         """
 
         def collective(link: Any) -> list[Tensor]:
-            head = torch.tensor([zlib.crc32(name.encode()), data.numel()])
+            head = torch.tensor([zlib.crc32(name.encode()), data.numel(), self.since])
             heads = [torch.empty_like(head) for _ in self.ranks]
             link.allgather([heads], [head]).wait()
-            if len({int(names) for names, _ in heads}) > 1:
-                raise OutOfStepError(f"rank {self.rank} does {name!r}, and others do not")
-            sizes = [int(size) for _, size in heads]
+            names, sizes, sinces = torch.stack(heads).T.tolist()
+            if len(set(names)) > 1:
+                told = f"rank {self.rank} does {name!r}, and others do not"
+                # Those who were there before go on without those who came later.
+                raise RuntimeError(told) if self.since < max(sinces) else OutOfStepError(told)
             mine = torch.zeros(max(sizes), dtype=torch.uint8)
             mine[: data.numel()] = data
             gathered = [torch.empty_like(mine) for _ in self.ranks]
@@ -285,6 +297,7 @@ class ReplicaGroup:
             store=f"{self._host}:{self._store.port}",
             fit=self.fit,
             completed=self.completed,
+            since=self.since,
             joining=self._joining,
             admits=admits,
             collective=name,
@@ -335,7 +348,7 @@ class ReplicaGroup:
                 size = self._receive(torch.empty(1, dtype=torch.int64), members.index(source))
                 received = self._receive(torch.empty(int(size), dtype=torch.uint8), members.index(source))
         if self._joining:
-            self.completed = newest
+            self.completed = self.since = newest
         return received
 
     def _send(self, tensor: Tensor, index: int) -> None:

@@ -24,7 +24,7 @@ from lightning_optcore.distributed.replica_group import (
     who_goes_on,
 )
 
-ONE = Member(0, "", 1, completed=7, joining=False, admits=True, collective="gradients", link="a")
+ONE = Member(0, "", 1, completed=7, since=0, joining=False, admits=True, collective="gradients", link="a")
 TWO = replace(ONE, rank=1)
 NEW = replace(ONE, rank=2, completed=0, joining=True, admits=False, collective="join", link="")
 
@@ -37,6 +37,7 @@ NEW = replace(ONE, rank=2, completed=0, joining=True, admits=False, collective="
         pytest.param([NEW, TWO, replace(ONE, admits=False)], [0, 1], id="not now"),
         pytest.param([NEW, TWO, replace(ONE, admits=False, completed=6)], [0, 1, 2], id="who is behind is not asked"),
         pytest.param([NEW, TWO, replace(ONE, completed=5)], [1, 2], id="who is far behind is left"),
+        pytest.param([ONE, replace(TWO, collective="x", since=3)], [0], id="who came later does something else"),
         pytest.param([replace(NEW, fit=2), ONE], [0], id="another fit"),
         pytest.param([NEW, replace(NEW, rank=0)], [], id="not all have come"),
         pytest.param([NEW, replace(NEW, rank=1), replace(NEW, rank=0)], [0, 1, 2], id="all begin"),
@@ -158,3 +159,15 @@ def test_who_does_something_else_is_told(lighthouse):
     for one in both:
         with pytest.raises(OutOfStepError, match="and others do not"):
             one.result(20)
+
+
+def test_of_two_who_differ_the_one_who_came_later_is_left(lighthouse):
+    first, second = (Thread(rank, 2, lighthouse) for rank in (0, 1))
+    first.joined.result(20), second.joined.result(20)
+    second.group.since = 1
+    nothing = torch.empty(0, dtype=torch.uint8)
+    kept = first.pool.submit(first.group.gather, "barrier", nothing)
+    with pytest.raises(OutOfStepError, match="and others do not"):
+        second.pool.submit(second.group.gather, "broadcast", nothing).result(20)
+    second.die()
+    assert len(kept.result(20)) == 1
