@@ -8,37 +8,38 @@ it cannot change its members.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd, _hydra_subprocess_cmd
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_optcore.distributed.flat_sums import flat_sums, put_back
+from lightning_optcore.distributed.in_step import Beginning, get_in_step, in_step
 from lightning_optcore.distributed.replica_group import ReplicaGroup, packed, unpacked
-from lightning_optcore.distributed.supervisor import LIGHTHOUSE, STORE, active_key, supervise
+from lightning_optcore.distributed.supervisor import LIGHTHOUSE, STORE, Start, SupervisorLauncher, active_key, supervise
 
 T = TypeVar("T")
 # Key of what Lightning's checkpoints leave out.
 _IN_STEP = "optcore_in_step"
-_OF_MODEL_CHECKPOINT = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation")
 # A process is one replica, however many Trainers it makes.
 _PROCESS: dict[str, Any] = {}
 
@@ -164,7 +165,16 @@ class ElasticDDPStrategy(ParallelStrategy):
             raise MisconfigurationException(
                 f"{type(self).__name__} starts its replicas itself; expected to be run without torchrun or LOCAL_RANK"
             )
-        self._launcher = _Supervisor(self)
+        self._launcher = SupervisorLauncher(
+            self.num_processes,
+            partial(
+                supervise,
+                max_restarts=self.max_restarts,
+                timeout=self.timeout,
+                heartbeat_timeout=self.heartbeat_timeout,
+                host=self.host,
+            ),
+        )
 
     def setup_environment(self) -> None:
         """Make this process a replica, which waits in `setup` to be let in."""
@@ -173,8 +183,9 @@ class ElasticDDPStrategy(ParallelStrategy):
             host, port = os.environ[STORE].rsplit(":", 1)
             # Generous: rank 0 may prepare data for a long time, and the supervisor sees who dies.
             store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(hours=24))
+            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
             _PROCESS["store"] = store
-            _PROCESS["start"] = _Start(PrefixStore("start", store), self.global_rank, self.num_processes)
+            _PROCESS["start"] = Start(PrefixStore("start", store), self.global_rank, self.num_processes)
             _PROCESS["group"] = ReplicaGroup(
                 self.global_rank,
                 self.num_processes,
@@ -219,7 +230,7 @@ class ElasticDDPStrategy(ParallelStrategy):
             del checkpoint[key]
         # Lightning counts the batch that a checkpoint was written in as done with.
         checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
-        return {**checkpoint, _IN_STEP: _in_step(self._trainer)}
+        return {**checkpoint, _IN_STEP: in_step(self._trainer)}
 
     def _take(self, state: dict[str, Any] | None) -> None:
         if state is None:
@@ -233,7 +244,7 @@ class ElasticDDPStrategy(ParallelStrategy):
         connector.restore_datamodule()
         connector.restore_model()
         connector.restore_callbacks()
-        _get_in_step(self._trainer, state[_IN_STEP])
+        get_in_step(self._trainer, state[_IN_STEP])
         progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         self._skip_batches = progress["completed"]
         # What the others did in common up to their batch is done.
@@ -245,7 +256,9 @@ class ElasticDDPStrategy(ParallelStrategy):
             batches = dataloader.batch_sampler
             size, sampler = getattr(batches, "batch_size", None), getattr(batches, "sampler", None)
             if size is not None and sampler is not None:
-                cast(Any, batches).sampler = _Beginning(sampler, self._skip_batches * size)
+                cast(Any, batches).sampler = Beginning(sampler, self._skip_batches * size, _catches_up)
+                # Here it is resumed where it was.
+                warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         return dataloader
 
     def on_train_start(self) -> None:
@@ -262,7 +275,7 @@ class ElasticDDPStrategy(ParallelStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let others in before the first average of the batch only: there all know where they are."""
         self._admits = True
-        if _PROCESS.get("catching_up"):
+        if _catches_up():
             # The batch was begun by the one whose state this is.
             total = cast(Any, self._trainer.fit_loop.epoch_loop.batch_progress.total)
             total.ready -= 1
@@ -284,10 +297,10 @@ class ElasticDDPStrategy(ParallelStrategy):
         parameters = [p for p in self._module.parameters() if p.requires_grad]
         buffers = list(self._module.buffers())
         summed = self._group.sum(
-            "gradients", lambda leads: _flat(parameters, buffers, leads=leads), admits=self._admits
+            "gradients", lambda leads: flat_sums(parameters, buffers, leads=leads), admits=self._admits
         )
         self._admits = _PROCESS["catching_up"] = False
-        _put_back(summed, parameters, buffers)
+        put_back(summed, parameters, buffers)
 
     def on_train_end(self) -> None:
         """Leave together."""
@@ -298,7 +311,7 @@ class ElasticDDPStrategy(ParallelStrategy):
     def barrier(self, name: str | None = None) -> None:
         """Wait for all who are there."""
         group = self.replicas
-        if group is None or _PROCESS.get("catching_up"):
+        if group is None or _catches_up():
             return
         if group.joined:
             group.gather(f"barrier {name}", torch.empty(0, dtype=torch.uint8))
@@ -308,7 +321,7 @@ class ElasticDDPStrategy(ParallelStrategy):
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return what rank `src` has; if it is dead, what the lowest rank has that lives."""
         group = self.replicas
-        if group is None or _PROCESS.get("catching_up"):
+        if group is None or _catches_up():
             return obj
         if not group.joined:
             return cast(T, _PROCESS["start"].broadcast(obj))
@@ -381,44 +394,29 @@ class ElasticDDPStrategy(ParallelStrategy):
         return self._module.trainer
 
 
-# ---- by what else Lightning decides which collective comes next ----
-
-
-def _in_step(trainer: Trainer) -> dict[str, Any]:
-    """Return what checkpoints leave out: without it, one who joins would save or stop when others do not."""
-    connector = trainer._logger_connector
-    return {
-        "should_stop": trainer.should_stop,
-        "metrics": [connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics],
-        "checkpoints": [
-            {name: getattr(callback, name) for name in _OF_MODEL_CHECKPOINT if hasattr(callback, name)}
-            for callback in trainer.checkpoint_callbacks
-        ],
-    }
-
-
-def _get_in_step(trainer: Trainer, state: dict[str, Any]) -> None:
-    connector = trainer._logger_connector
-    trainer.should_stop = state["should_stop"]
-    mine = (connector._callback_metrics, connector._logged_metrics, connector._progress_bar_metrics)
-    for metrics, theirs in zip(cast(Any, mine), state["metrics"], strict=True):
-        metrics.update(theirs)
-    for callback, attributes in zip(trainer.checkpoint_callbacks, state["checkpoints"], strict=True):
-        for name, value in attributes.items():
-            setattr(callback, name, value)
-
-
 # ---- what a process does with the others ----
+
+
+def _catches_up() -> bool:
+    """Whether this replica is in what the others did before they let it in."""
+    return bool(_PROCESS.get("catching_up"))
 
 
 def _is_together() -> bool:
     group = _PROCESS.get("group")
-    return group is not None and group.joined and not _PROCESS.get("catching_up")
+    return group is not None and group.joined and not _catches_up()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its supervisor has ended: nobody is left who knows who is alive."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    before = _PROCESS.get("catching_up", False)
+    before = _catches_up()
     _PROCESS["catching_up"] = True
     try:
         yield
@@ -434,135 +432,3 @@ def _gathered(tensor: Tensor) -> list[Tensor]:
 def _gather_state(tensor: Tensor, group: Any = None) -> list[Tensor]:
     """Gather a state of a torchmetrics metric."""
     return _gathered(tensor)
-
-
-class _Start:
-    """What replicas do in common before they know each other, in the supervisor's store.
-
-    One that is started again finds what was said, and goes through it alone.
-    """
-
-    def __init__(self, store: PrefixStore, rank: int, world_size: int) -> None:
-        self.store, self.rank, self.world_size = store, rank, world_size
-        self.calls = 0
-
-    def barrier(self) -> None:
-        self.calls += 1
-        self.store.set(f"{self.calls}/{self.rank}", "")
-        self.store.wait([f"{self.calls}/{rank}" for rank in range(self.world_size)])
-
-    def broadcast(self, value: T) -> T:
-        self.calls += 1
-        key = str(self.calls)
-        if self.rank == 0 and not self.store.check([key]):
-            cast(Any, self.store).set(key, packed(value).numpy().tobytes())
-        return cast(T, unpacked(torch.frombuffer(bytearray(self.store.get(key)), dtype=torch.uint8)))
-
-
-class _Supervisor(_Launcher):
-    """Makes this process the one that starts the replicas and waits for them."""
-
-    is_interactive_compatible = False
-
-    def __init__(self, strategy: ElasticDDPStrategy) -> None:
-        self.strategy = strategy
-
-    def launch(
-        self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any
-    ) -> NoReturn:
-        """Run the replicas, and end with them: they run the rest of the program."""
-        strategy = self.strategy
-        _set_num_threads_if_needed(num_processes=strategy.num_processes)
-        commands, cwd = _commands(strategy.num_processes)
-        if trainer is not None:
-            # Here nothing was trained that they could save or report.
-            cast(Any, trainer).callbacks.clear()
-            trainer.loggers.clear()
-        code = supervise(
-            commands,
-            max_restarts=strategy.max_restarts,
-            timeout=strategy.timeout,
-            heartbeat_timeout=strategy.heartbeat_timeout,
-            host=strategy.host,
-            cwd=cwd,
-        )
-        raise SystemExit(code)
-
-    def kill(self, signum: Any) -> None:
-        """Nothing: who is supervised ends with `launch`."""
-
-
-def _commands(num_processes: int) -> tuple[list[Sequence[str]], str | None]:
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
-        return [_basic_subprocess_cmd()] * num_processes, None
-    commands = [_hydra_subprocess_cmd(local_rank) for local_rank in range(num_processes)]
-    return [command for command, _ in commands], commands[0][1]
-
-
-class _Beginning(Sampler[Any]):
-    """A sampler that leaves out its first samples, once."""
-
-    def __init__(self, sampler: Iterable[Any], skip: int) -> None:
-        self.sampler, self.skip = sampler, skip
-
-    def __len__(self) -> int:
-        return len(cast(Any, self.sampler))
-
-    def __iter__(self) -> Iterator[Any]:
-        skip, self.skip = self.skip, 0
-        return islice(iter(self.sampler), skip, None)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Pass on the epoch, by which samples are shuffled."""
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
-
-
-# ---- gradients and buffers as few flat tensors ----
-
-
-def _by_dtype(tensors: Sequence[Tensor]) -> dict[torch.dtype, list[Tensor]]:
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    return by_dtype
-
-
-def _flat(parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], *, leads: bool) -> list[Tensor]:
-    """Return what is summed over the replicas.
-
-    By dtype of parameters the gradients, then 1 or 0 for each that has one, then 1 for this replica; by dtype of
-    buffers those of the one who leads, and zeros of all others.
-    """
-    flat = []
-    for dtype, some in _by_dtype(parameters).items():
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-        if any(gradient.is_sparse for gradient in gradients):
-            raise MisconfigurationException("sparse gradients: expected dense ones, as of Embedding(sparse=False)")
-        flags = [*(float(p.grad is not None) for p in some), 1.0]
-        parts = [*(gradient.flatten() for gradient in gradients), torch.tensor(flags).to(some[0])]
-        flat.append(torch.cat(parts).to(device="cpu", dtype=dtype))
-    for dtype, some in _by_dtype(buffers).items():
-        joined = torch.cat([buffer.detach().flatten() for buffer in some]).cpu()
-        joined = joined.to(torch.uint8) if dtype == torch.bool else joined
-        flat.append(joined if leads else torch.zeros_like(joined))
-    return flat
-
-
-@torch.no_grad()
-def _put_back(summed: Sequence[Tensor], parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor]) -> None:
-    """Set the gradients to their means, and the buffers to those of the one who leads."""
-    rest = list(summed)
-    for some in _by_dtype(parameters).values():
-        flat = rest.pop(0)
-        *gradients, flags = flat.split([*(p.numel() for p in some), len(some) + 1])
-        for parameter, gradient, has_one in zip(some, gradients, flags[:-1].tolist(), strict=True):
-            if has_one:
-                mean = (gradient / flags[-1]).view_as(parameter).to(parameter.device)
-                parameter.grad = mean if parameter.grad is None else parameter.grad.copy_(mean)
-    for some in _by_dtype(buffers).values():
-        flat = rest.pop(0)
-        for buffer, values in zip(some, flat.split([buffer.numel() for buffer in some]), strict=True):
-            buffer.copy_(values.view_as(buffer))

@@ -7,14 +7,21 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
+from typing import Any, NoReturn, TypeVar, cast
 
+import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd, _hydra_subprocess_cmd
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
-from lightning_optcore.distributed.replica_group import serving_store
+from lightning_optcore.distributed.replica_group import packed, serving_store, unpacked
 
+T = TypeVar("T")
 # Where a replica finds the lighthouse and the store of its supervisor.
 LIGHTHOUSE, STORE = "OPTCORE_LIGHTHOUSE", "OPTCORE_STORE"
 _POLL_SECONDS = 0.05
@@ -23,6 +30,31 @@ _POLL_SECONDS = 0.05
 def active_key(pid: int) -> str:
     """Return the key that a replica sets in the supervisor's store when it knows the state of the training."""
     return f"active/{pid}"
+
+
+class Start:
+    """What replicas do in common before they know each other, in the supervisor's store.
+
+    One that is started again finds what was said, and goes through it alone.
+    """
+
+    def __init__(self, store: PrefixStore, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.calls = 0
+
+    def barrier(self) -> None:
+        """Wait until all have come here once."""
+        self.calls += 1
+        self.store.set(f"{self.calls}/{self.rank}", "")
+        self.store.wait([f"{self.calls}/{rank}" for rank in range(self.world_size)])
+
+    def broadcast(self, value: T) -> T:
+        """Return what rank 0 said here the first time."""
+        self.calls += 1
+        key = str(self.calls)
+        if self.rank == 0 and not self.store.check([key]):
+            cast(Any, self.store).set(key, packed(value).numpy().tobytes())
+        return cast(T, unpacked(torch.frombuffer(bytearray(self.store.get(key)), dtype=torch.uint8)))
 
 
 def supervise(
@@ -151,3 +183,41 @@ def _on_sigterm(handler: signal._HANDLER) -> signal._HANDLER:
     if threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGTERM, handler)
+
+
+class SupervisorLauncher(_Launcher):
+    """Makes the process that calls ``fit`` the one that starts the replicas and waits for them.
+
+    Args:
+        num_processes: How many replicas.
+        run: Runs their commands in a folder, and returns the exit code.
+    """
+
+    is_interactive_compatible = False
+
+    def __init__(self, num_processes: int, run: Callable[..., int]) -> None:
+        self.num_processes, self.run = num_processes, run
+
+    def launch(
+        self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any
+    ) -> NoReturn:
+        """Run the replicas, and end with them: they run the rest of the program."""
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        commands, cwd = _commands(self.num_processes)
+        if trainer is not None:
+            # Here nothing was trained that they could save or report.
+            cast(Any, trainer).callbacks.clear()
+            trainer.loggers.clear()
+        raise SystemExit(self.run(commands, cwd=cwd))
+
+    def kill(self, signum: Any) -> None:
+        """Nothing: who is supervised ends with `launch`."""
+
+
+def _commands(num_processes: int) -> tuple[list[Sequence[str]], str | None]:
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return [_basic_subprocess_cmd()] * num_processes, None
+    commands = [_hydra_subprocess_cmd(local_rank) for local_rank in range(num_processes)]
+    return [command for command, _ in commands], commands[0][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_optcore.distributed.elastic import ElasticDDPStrategy
+from lightning_optcore.distributed.supervisor import LIGHTHOUSE
 from lightning_optcore.fingerprints import data_fingerprint, hardware_fingerprint
 from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.profiling.profile_report import ProfileReport
@@ -34,7 +37,7 @@ class Stored:
 
 
 class Recording:
-    """Writes one run to the store; without a store, or on a further rank, it writes nothing."""
+    """Writes one run to the store; without a store, or on a further rank, or in a supervisor, it writes nothing."""
 
     def __init__(self, store: Store | None, run_id: int = 0) -> None:
         self._store = store
@@ -90,7 +93,7 @@ class Recording:
 def recorded_run(config: DictConfig, output_dir: Path) -> Iterator[Recording]:
     """Open a row; mark it failed or interrupted, with the error, if the body does not come to its end."""
     path = OmegaConf.select(config, "store.path")
-    if path is None or _rank() != 0:
+    if path is None or _rank() != 0 or _only_supervises(config):
         yield Recording(None)
         return
     with Store(path) as store:
@@ -118,6 +121,14 @@ def recorded_run(config: DictConfig, output_dir: Path) -> Iterator[Recording]:
 
 def _rank() -> int:
     return int(getattr(rank_zero_only, "rank", 0))
+
+
+def _only_supervises(config: DictConfig) -> bool:
+    """Whether this process starts others that run the job."""
+    target = str(OmegaConf.select(config, "strategy._target_"))
+    elastic = target.endswith(f".{ElasticDDPStrategy.__name__}")
+    named = OmegaConf.select(config, "strategy.name") == ElasticDDPStrategy.strategy_name
+    return (elastic or named) and LIGHTHOUSE not in os.environ
 
 
 class RunRecorder(Callback):

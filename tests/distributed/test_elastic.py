@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,6 +21,7 @@ from torch.utils.data import DistributedSampler
 
 from lightning_optcore.distributed import elastic
 from lightning_optcore.distributed.elastic import ElasticDDPStrategy
+from lightning_optcore.store import Store
 
 APP = Path(__file__).parent / "elastic_app.py"
 
@@ -149,6 +151,27 @@ def test_one_that_stood_still_is_left_behind_and_begins_again(job):
     finals = run.finish()
     assert torch.equal(finals[0]["weights"]["head.weight"], finals[1]["weights"]["head.weight"])
     assert "went on without this replica" in run.output.read_text()
+
+
+def test_replicas_end_with_their_supervisor(job):
+    run = job()
+    run.wait_until(lambda: all(len(run.pages(rank)) >= 3 for rank in (0, 1)))
+    pids = [run.pages(rank)[-1]["pid"] for rank in (0, 1)]
+    run.process.kill()
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+    assert not alive
+
+
+def test_a_job_records_the_run_once(tmp_path):
+    """The supervisor, which runs the command first, leaves no row of its own."""
+    command = [sys.executable, "-m", "lightning_optcore.cli", "train", "strategy=optcore_elastic", "trainer=cpu"]
+    command += ["trainer.devices=2", "trainer.max_epochs=1", "model.width=8", "model.depth=1", "report.enabled=false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = [f"paths.output_root={tmp_path}", "measure.rounds=3"]
+    subprocess.run([*command, *options], env=environment, timeout=120, check=True, cwd=tmp_path)
+    with Store(tmp_path / "optcore.db") as store:
+        assert [run.status for run in store.runs()] == ["done"]
+    assert len(list(tmp_path.rglob("metrics.csv"))) == 1
 
 
 @pytest.mark.parametrize("options", [("--accumulate", 2), ("--manual",)], ids=["accumulation", "manual"])
