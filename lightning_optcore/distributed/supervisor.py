@@ -72,15 +72,14 @@ def supervise(
     Args:
         commands: One for a replica, by rank.
         max_restarts: How often each is started again.
-        timeout: Seconds that replicas wait for one which is alive and does not answer, and the last ones are waited
-            for when one has finished.
+        timeout: Seconds that replicas wait for one which is alive and does not answer.
         heartbeat_timeout: Seconds of silence after which one is taken for dead.
         host: The only address at which the lighthouse and the store listen.
         environment: Of the replicas; by default that of this process.
         cwd: Where they run.
 
     Returns:
-        0 if one of them finished, otherwise the exit code of the last one that trained.
+        0 if one of them finished and none failed after that, otherwise the exit code of the last one that trained.
     """
     os.environ.setdefault("RUST_LOG", "error")  # torchft tells every step otherwise.
     from torchft.coordination import LighthouseServer
@@ -104,7 +103,7 @@ def supervise(
     replicas = _Replicas(commands, shared, store, cwd, max_restarts)
     before = _on_sigterm(_end)
     try:
-        return replicas.run(timeout)
+        return replicas.run()
     finally:
         replicas.kill()
         _on_sigterm(before)
@@ -129,7 +128,8 @@ class _Replicas:
         self.running[rank] = subprocess.Popen(self.commands[rank], env=environment, cwd=self.cwd)
 
     def is_active(self, rank: int) -> bool:
-        return self.store.check([active_key(self.running[rank].pid)])
+        replica = self.running[rank]
+        return replica.poll() is None and self.store.check([active_key(replica.pid)])
 
     def kill(self, ranks: Sequence[int] | None = None) -> None:
         for rank in list(self.running if ranks is None else ranks):
@@ -137,10 +137,10 @@ class _Replicas:
             replica.kill()
             replica.wait()
 
-    def run(self, timeout: float) -> int:
+    def run(self) -> int:
         for rank in range(len(self.commands)):
             self.start(rank)
-        finished_at: float | None = None
+        finished = False
         while self.running:
             for rank, replica in list(self.running.items()):
                 code = replica.poll()
@@ -148,20 +148,20 @@ class _Replicas:
                     continue
                 del self.running[rank]
                 if code == 0:
-                    finished_at = finished_at or time.monotonic()
-                elif finished_at is None and not self._goes_on_without(rank, code):
+                    finished = True
+                elif not self._goes_on_without(rank, code, finished):
                     return code if code > 0 else 128 - code
-            if finished_at is not None:
+            if finished:
                 # Whoever still waits to be let in has come too late.
                 self.kill([rank for rank in self.running if not self.is_active(rank)])
-                if self.running and time.monotonic() > finished_at + timeout:
-                    rank_zero_warn(f"replicas {sorted(self.running)} did not finish in {timeout:g} s: they are ended")
-                    self.kill()
             time.sleep(_POLL_SECONDS)
         return 0
 
-    def _goes_on_without(self, rank: int, code: int) -> bool:
+    def _goes_on_without(self, rank: int, code: int, finished: bool) -> bool:
         how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        if finished:
+            rank_zero_warn(f"replica {rank} {how}, when another one had finished")
+            return code < 0
         if not any(self.is_active(other) for other in self.running):
             rank_zero_warn(f"replica {rank} {how}, and no other one is left that knows the state of the training")
             return False

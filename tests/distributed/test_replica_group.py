@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -171,3 +172,51 @@ def test_of_two_who_differ_the_one_who_came_later_is_left(lighthouse):
         second.pool.submit(second.group.gather, "broadcast", nothing).result(20)
     second.die()
     assert len(kept.result(20)) == 1
+
+
+class Unreliable:
+    """A link that fails at random, before or after it did what it was told."""
+
+    def __init__(self, link: Any, chance: random.Random) -> None:
+        self.link, self.chance = link, chance
+
+    def allreduce(self, tensors: list[torch.Tensor]) -> Any:
+        if self.chance.random() < 0.05:
+            raise RuntimeError("Connection reset by peer")
+        self.link.allreduce(tensors).wait()
+        if self.chance.random() < 0.05:
+            raise RuntimeError("Connection closed by peer")
+        return self
+
+    def wait(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.link, name)
+
+
+def test_all_have_the_same_results_however_often_links_break(lighthouse):
+    replicas = [Thread(rank, 3, lighthouse) for rank in range(3)]
+    for replica in replicas:
+        replica.joined.result(20)
+
+    def many(replica: Thread) -> list[float]:
+        group, chance = replica.group, random.Random(replica.group.rank)
+        connect = group._connect
+
+        def unreliably(*args: Any) -> None:
+            connect(*args)
+            group._link = Unreliable(group._link, chance)
+
+        group._connect = unreliably  # type: ignore[method-assign]
+        group._link = Unreliable(group._link, chance)
+        results = []
+        for i in range(60):
+            value = float(i * 10 + group.rank)
+            results.append(group.sum("sum", lambda leads, v=value: [torch.tensor([v])], admits=i % 2 == 0)[0].item())
+        return results
+
+    done = [replica.pool.submit(many, replica) for replica in replicas]
+    results = [one.result(120) for one in done]
+    assert results == [[float(i * 30 + 3) for i in range(60)]] * 3
+    assert min(replica.group.changes for replica in replicas) > 5
