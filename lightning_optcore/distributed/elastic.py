@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
@@ -257,6 +258,8 @@ class ElasticDDPStrategy(ParallelStrategy):
             size, sampler = getattr(batches, "batch_size", None), getattr(batches, "sampler", None)
             if size is not None and sampler is not None:
                 cast(Any, batches).sampler = Beginning(sampler, self._skip_batches * size, _catches_up)
+                # Workers ask for their first batches before Lightning tells it the epoch.
+                _set_sampler_epoch(dataloader, self._trainer.current_epoch)
                 # Here it is resumed where it was.
                 warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
         return dataloader

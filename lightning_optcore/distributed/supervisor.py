@@ -142,14 +142,13 @@ class _Replicas:
             self.start(rank)
         finished = False
         while self.running:
-            for rank, replica in list(self.running.items()):
-                code = replica.poll()
+            codes = {rank: replica.poll() for rank, replica in self.running.items()}
+            finished = finished or 0 in codes.values()
+            for rank, code in codes.items():
                 if code is None:
                     continue
                 del self.running[rank]
-                if code == 0:
-                    finished = True
-                elif not self._goes_on_without(rank, code, finished):
+                if code and not self._goes_on_without(rank, code, finished):
                     return code if code > 0 else 128 - code
             if finished:
                 # Whoever still waits to be let in has come too late.

@@ -81,9 +81,9 @@ def together(pages: list[dict[str, Any]], pid: int, steps: int) -> bool:
     return sum(page["pid"] != pid and page["ranks"] == [0, 1] for page in pages) >= steps
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_replica_comes_back_and_the_other_one_loses_nothing(job, rank):
-    run = job("--norm")
+@pytest.mark.parametrize(("rank", "workers"), [(0, 0), (1, 1)])
+def test_a_killed_replica_comes_back_and_the_other_one_loses_nothing(job, rank, workers):
+    run = job("--norm", "--workers", workers)
     run.wait_until(lambda: all(len(run.pages(r)) >= 25 for r in (0, 1)))
     killed = run.kill(rank)
     run.wait_until(lambda: together(run.pages(rank), killed, 45))
