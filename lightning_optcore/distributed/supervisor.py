@@ -14,11 +14,13 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _basic_subprocess_cmd, _hydra_subprocess_cmd
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.distributed import PrefixStore, TCPStore
 
+from lightning_optcore.distributed.launcher import _is_multirun
 from lightning_optcore.distributed.replica_group import packed, serving_store, unpacked
 
 T = TypeVar("T")
@@ -200,7 +202,16 @@ class SupervisorLauncher(_Launcher):
     def launch(
         self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any
     ) -> NoReturn:
-        """Run the replicas, and end with them: they run the rest of the program."""
+        """Run the replicas, and end with them: they run the rest of the program.
+
+        Raises:
+            MisconfigurationException: In a multirun, which would end with its first job.
+        """
+        if _is_multirun():
+            raise MisconfigurationException(
+                "strategy=optcore_elastic in a multirun: the process that calls fit ends with its replicas; expected a "
+                "run for each job"
+            )
         _set_num_threads_if_needed(num_processes=self.num_processes)
         commands, cwd = _commands(self.num_processes)
         if trainer is not None:

@@ -7,8 +7,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_optcore.distributed.supervisor import STORE, active_key, supervise
+from lightning_optcore.distributed import supervisor
+from lightning_optcore.distributed.supervisor import STORE, SupervisorLauncher, active_key, supervise
 
 # Without Lightning, which takes long to import.
 BEGIN = f"""
@@ -63,3 +65,17 @@ def test_restarts_end_and_the_others_go_on(tmp_path):
 )
 def test_the_code_of_the_job(tmp_path, programs, code):
     assert run(tmp_path, *programs) == code
+
+
+def test_a_multirun_is_refused(monkeypatch):
+    monkeypatch.setattr(supervisor, "_is_multirun", lambda: True)
+    with pytest.raises(MisconfigurationException, match="expected a run for each job"):
+        SupervisorLauncher(2, run=lambda *_, **__: 0).launch(lambda: None)
+
+
+def test_the_supervisor_ends_with_the_code_of_its_replicas(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lr", "0.1"])
+    started = []
+    with pytest.raises(SystemExit, match="7"):
+        SupervisorLauncher(2, run=lambda commands, cwd: started.extend(commands) or 7).launch(lambda: None)
+    assert [command[-2:] for command in started] == [["--lr", "0.1"]] * 2
