@@ -107,6 +107,7 @@ class ElasticDDPStrategy(ParallelStrategy):
         self.host = host
         self._num_nodes = 1
         self._skip_batches = 0
+        self._repeats_batch = False
         self._admits = False
         self._sync_blocked = False
 
@@ -248,6 +249,7 @@ class ElasticDDPStrategy(ParallelStrategy):
         get_in_step(self._trainer, state[_IN_STEP])
         progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         self._skip_batches = progress["completed"]
+        self._repeats_batch = True
         # What the others did in common up to their batch is done.
         _PROCESS["catching_up"] = True
 
@@ -278,11 +280,12 @@ class ElasticDDPStrategy(ParallelStrategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Let others in before the first average of the batch only: there all know where they are."""
         self._admits = True
-        if _catches_up():
+        if self._repeats_batch:
             # The batch was begun by the one whose state this is.
             total = cast(Any, self._trainer.fit_loop.epoch_loop.batch_progress.total)
             total.ready -= 1
             total.started -= 1
+            self._repeats_batch = False
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
