@@ -45,7 +45,7 @@ class Job:
             [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         )
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 150) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None and time.monotonic() < end, self.output.read_text()[-3000:]
@@ -56,7 +56,7 @@ class Job:
         os.kill(pid, signum)
         return pid
 
-    def finish(self, seconds: float = 60) -> dict[int, dict[str, Any]]:
+    def finish(self, seconds: float = 150) -> dict[int, dict[str, Any]]:
         assert self.process.wait(seconds) == 0, self.output.read_text()[-3000:]
         return {int(path.stem): torch.load(path, weights_only=True) for path in self.folder.glob("*.pt")}
 
@@ -73,7 +73,7 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     for one in jobs:
         # The supervisor ends its replicas.
         one.process.terminate()
-        one.process.wait(20)
+        one.process.wait(60)
 
 
 def together(pages: list[dict[str, Any]], pid: int, steps: int) -> bool:
@@ -127,13 +127,13 @@ def test_a_job_without_replicas_fails(job):
     pids = [run.pages(rank)[-1]["pid"] for rank in (0, 1)]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert run.process.wait(30) == 128 + signal.SIGKILL
+    assert run.process.wait(60) == 128 + signal.SIGKILL
     assert "no other one is left" in run.output.read_text()
 
 
 def test_an_error_before_the_training_ends_the_job_at_once(job):
     run = job("--fails")
-    assert run.process.wait(60) == 1
+    assert run.process.wait(150) == 1
     told = run.output.read_text()
     assert "ZeroDivisionError" in told and "started again" not in told
 
@@ -168,7 +168,7 @@ def test_a_job_records_the_run_once(tmp_path):
     command += ["trainer.devices=2", "trainer.max_epochs=1", "model.width=8", "model.depth=1", "report.enabled=false"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = [f"paths.output_root={tmp_path}", "measure.rounds=3"]
-    subprocess.run([*command, *options], env=environment, timeout=120, check=True, cwd=tmp_path)
+    subprocess.run([*command, *options], env=environment, timeout=200, check=True, cwd=tmp_path)
     with Store(tmp_path / "optcore.db") as store:
         assert [run.status for run in store.runs()] == ["done"]
     assert len(list(tmp_path.rglob("metrics.csv"))) == 1
@@ -177,7 +177,7 @@ def test_a_job_records_the_run_once(tmp_path):
 @pytest.mark.parametrize("options", [("--accumulate", 2), ("--manual",)], ids=["accumulation", "manual"])
 def test_undisturbed_it_trains_as_ddp_does(job, options):
     runs = [job("--strategy", strategy, "--max-steps", 12, "--pause", 0, *options) for strategy in ("elastic", "ddp")]
-    ours, theirs = (run.finish(90) for run in runs)
+    ours, theirs = (run.finish(200) for run in runs)
     assert sorted(ours) == sorted(theirs) == [0, 1]
     for rank in (0, 1):
         assert ours[rank]["step"] == theirs[rank]["step"] == 12
