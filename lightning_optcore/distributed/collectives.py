@@ -76,6 +76,10 @@ class Collectives:
         """Count an all-reduce that somebody else does."""
         self._count(2 * num_bytes * (self.world_size - 1) // self.world_size)
 
+    def count_broadcast(self, num_bytes: int) -> None:
+        """Count a broadcast from rank 0 that somebody else does; others that pass it on are not counted."""
+        self._count(num_bytes if self.rank == 0 and self.world_size > 1 else 0)
+
     def _count(self, sent: int) -> None:
         self.bytes_sent += sent
         self.calls += 1

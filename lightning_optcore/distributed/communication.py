@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "period": 32,
         "outer_lr": 1.0,
         "outer_momentum": 0.6,
-        "exchange": "int8",
+        "exchange": "int4",
         "overlap": 8,
         "start_step": 0,
     },

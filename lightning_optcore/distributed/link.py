@@ -94,9 +94,9 @@ def decide(num_values: int, step_seconds: float, link: Link, world_size: int, ma
     Example:
         >>> decide(1_600_000, 0.1, Link(0.0005, 1e9), world_size=2, max_share=0.1).communication
         'none'
-        >>> slow = decide(1_600_000, 0.1, Link(0.001, 12.5e6), world_size=2, max_share=0.1)
+        >>> slow = decide(1_600_000, 0.1, Link(0.001, 10e6), world_size=2, max_share=0.1)
         >>> slow.communication, dict(slow.options)
-        ('diloco', {'period': 26, 'overlap': 8})
+        ('diloco', {'period': 17, 'overlap': 8})
     """
     ring = 2 * (world_size - 1) / world_size
     whole = link.seconds(4 * num_values * ring)
@@ -109,7 +109,8 @@ def decide(num_values: int, step_seconds: float, link: Link, world_size: int, ma
         return Decision("none", {}, measured)
     if half <= max_share * step_seconds:
         return Decision("bf16", {}, measured)
-    exchange = link.seconds(num_values * (world_size - 1 if world_size <= 2 else ring))
+    # Of half a byte each, by default.
+    exchange = link.seconds(num_values / 2 * (world_size - 1 if world_size <= 2 else ring))
     period = min(max(math.ceil(exchange / (_EXCHANGE_SHARE * step_seconds)), _SHORTEST_PERIOD), _LONGEST_PERIOD)
     options = {"period": period, "overlap": min(_OVERLAP, period // 2)}
     return Decision("diloco", options, f"{measured}; an exchange of local updates takes {1e3 * exchange:.3g} ms")

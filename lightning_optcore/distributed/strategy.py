@@ -164,6 +164,8 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         super().configure_ddp()
         module = cast(LightningModule, self.lightning_module)
         self._gradient_bytes = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        assert self._collectives is not None
+        self._collectives.count_broadcast(sum(one.nbytes for one in (*module.parameters(), *module.buffers())))
 
     def _register_ddp_hooks(self) -> None:
         model = cast(DistributedDataParallel, self.model)
