@@ -26,7 +26,6 @@ from lightning_optcore.meta.continual import PermutedTask
 ALIKE = {
     "nothing": list,
     "elastic_weight_consolidation": lambda: [ElasticWeightConsolidation(fisher_samples=10**6)],
-    "elastic_weight_consolidation of the data": lambda: [ElasticWeightConsolidation(fisher="data")],
     "synaptic_intelligence": lambda: [SynapticIntelligence()],
     "learning_without_forgetting": lambda: [LearningWithoutForgetting()],
 }
@@ -41,16 +40,17 @@ BATCH, SAMPLES = 32, 960
 
 
 class InOrder(LightningDataModule):
-    """A task in whole batches, whose halves two ranks get."""
+    """A task in whole batches, of which each rank gets its share."""
 
-    def __init__(self, seed: int | None, batch_size: int) -> None:
+    def __init__(self, seed: int | None) -> None:
         super().__init__()
-        self.task, self.batch_size = PermutedTask(Digits(), seed), batch_size
+        self.task = PermutedTask(Digits(), seed)
         self.task.setup()
 
     def train_dataloader(self) -> DataLoader[Any]:
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
         samples = next(iter(DataLoader(self.task.train_dataloader().dataset, SAMPLES)))
-        return DataLoader(TensorDataset(*samples), self.batch_size)
+        return DataLoader(TensorDataset(*(one[rank::ranks] for one in samples)), BATCH // ranks)
 
     def val_dataloader(self) -> Any:
         return self.task.val_dataloader()
@@ -60,15 +60,16 @@ def run(folder: Path, ranks: int) -> None:
     warnings.simplefilter("ignore")
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     options |= {"enable_progress_bar": False, "enable_model_summary": False}
+    # Lightning's would shuffle.
+    options |= {"use_distributed_sampler": False, "devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
     found: dict[str, Any] = {}
     for name, make in {**ALIKE, **OWN_SAMPLES}.items():
         seed_everything(0, verbose=False)
         model, callbacks = Plain(), make()
         for seed in (None, 1):
-            strategy = "ddp" if ranks > 1 else "auto"
-            trainer = Trainer(devices=ranks, strategy=strategy, max_epochs=4, callbacks=callbacks, **options)
-            trainer.fit(model, datamodule=InOrder(seed, BATCH // ranks))
-        first = next(iter(DataLoader(InOrder(None, BATCH).task.data.val_set, 10**6)))
+            trainer = Trainer(max_epochs=4, callbacks=callbacks, **options)
+            trainer.fit(model, datamodule=InOrder(seed))
+        first = next(iter(DataLoader(InOrder(None).task.data.val_set, 10**6)))
         accuracy = float((model.net(first[0]).argmax(1) == first[1]).float().mean())
         found[name] = {"weights": model.state_dict(), "accuracy": accuracy}
         found[name]["callbacks"] = [callback.state_dict() for callback in callbacks]
