@@ -6,8 +6,9 @@ Five tasks of 10,000 images (2,000 of two classes each where split), an MLP 256-
 SGD with a cosine schedule that begins anew with each task. Every row of a seed starts from the same weights and is
 given the same batches in the same order; accuracy and forgetting are those of the 10,000 test images after the last
 task. This training and the strength of ``ElasticWeightConsolidation`` were chosen on the seeds 100 to 102, the other
-strengths were not tuned; ``--tune --first-seed 100`` runs one grid for all. Avalanche, where it is installed, learns
-the same tasks with the same network and optimizer in turn with ours, in batches that it shuffles itself.
+strengths were not tuned; ``--tune --first-seed 100`` runs one grid for all, and as many strengths of Avalanche's EWC.
+Avalanche, where it is installed, learns the same tasks with the same network and optimizer in turn with ours, in
+batches that it shuffles itself.
 """
 
 from __future__ import annotations
