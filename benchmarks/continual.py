@@ -6,8 +6,9 @@ Five tasks of 10,000 images (2,000 of two classes each where split), an MLP 256-
 SGD with a cosine schedule that begins anew with each task. Every row of a seed starts from the same weights and is
 given the same batches in the same order; accuracy and forgetting are those of the 10,000 test images after the last
 task. This training and the strength of ``ElasticWeightConsolidation`` were chosen on the seeds 100 to 102, the other
-strengths were not tuned; ``--tune --first-seed 100`` runs one grid for all. Avalanche, where it is installed, learns
-the same tasks with the same network and optimizer in turn with ours, in batches that it shuffles itself.
+strengths were not tuned; ``--tune --first-seed 100`` runs one grid for all, and as many strengths of Avalanche's EWC.
+Avalanche, where it is installed, learns the same tasks with the same network and optimizer in turn with ours, in
+batches that it shuffles itself.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ IMAGES, BATCH, EPOCHS, LR, TASKS = 10_000, 64, 10, 0.08, 5
 DROPOUT = 0.2
 # Mean and standard deviation of the training pixels.
 PIXELS = (0.286, 0.353)
-GRID = (10.0, 25.0, 50.0, 100.0, 300.0)
+# Of ours; and of Avalanche's EWC, whose importance is of another scale.
+GRID, AVALANCHE_GRID = (5.0, 10.0, 25.0, 50.0, 100.0, 300.0), (1.0, 10.0, 1e2, 1e3, 1e4, 1e5)
 Make = Callable[[], list[Callback]]
-# Not tuned.
 AVALANCHE_EWC, AVALANCHE_SI = 100.0, 100.0
 
 ROWS: dict[str, Make] = {
@@ -73,6 +74,7 @@ STRENGTHS: dict[str, Callable[[float], list[Callback]]] = {
     ],
     "LearningWithoutForgetting": lambda s: [LearningWithoutForgetting(strength=s / 40)],
 }
+OF_WEIGHTS = ("ElasticWeightConsolidation", "SynapticIntelligence")
 
 
 def _replay(logits_weight: float) -> ExperienceReplay:
@@ -196,8 +198,8 @@ def _tensors(data: FashionMNIST) -> list[tuple[Tensor, Tensor]]:
     return [((s.tensors[0].flatten(1) - mean) / deviation, s.tensors[1]) for s in (data.train_set, data.test_set)]
 
 
-def avalanche() -> dict[str, Callable[[nn.Module, int], Any]] | None:
-    """Return Avalanche's strategies by the name of a row, if it is installed."""
+def avalanche(tune: bool) -> dict[str, Callable[[nn.Module, int], Any]] | None:
+    """Return Avalanche's strategies by the name of a row, or EWC with every strength, if it is installed."""
     try:
         from avalanche.training.supervised import EWC, Naive, Replay
         from avalanche.training.supervised import SynapticIntelligence as SI
@@ -217,6 +219,8 @@ def avalanche() -> dict[str, Callable[[nn.Module, int], Any]] | None:
 
         return make
 
+    if tune:
+        return {f"Avalanche EWC, {strength:g}": made(EWC, ewc_lambda=strength) for strength in AVALANCHE_GRID}
     return {
         "Avalanche Naive": made(Naive),
         "Avalanche EWC": made(EWC, ewc_lambda=AVALANCHE_EWC),
@@ -259,9 +263,9 @@ class Results:
 
     def add(self, name: str, seed: int, run: Callable[[], AccuracyMatrix]) -> None:
         """Run, print, keep."""
-        start = time.perf_counter()
+        start = time.process_time()
         matrix = run()
-        figures = {**matrix.summary(), "learned": _learned(matrix), "seconds": time.perf_counter() - start}
+        figures = {**matrix.summary(), "learned": _learned(matrix), "seconds": time.process_time() - start}
         self.found.setdefault(name, {})[str(seed)] = figures
         shown = ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
         print(f"{name}, seed {seed}: {shown}", flush=True)
@@ -271,7 +275,8 @@ class Results:
     def table(self) -> Table:
         """Means and standard deviations over the seeds."""
         table = Table(
-            caption="mean ± standard deviation over the seeds; 'learned': accuracy of a task when it is learned"
+            caption="mean ± standard deviation over the seeds; 'learned': accuracy of a task when it is learned; "
+            "seconds of the processor, median"
         )
         for title in ("", "accuracy", "forgetting", "learned", "seeds", "seconds"):
             table.add_column(title, justify="right" if title else "left")
@@ -299,14 +304,19 @@ def _runs(
     """Return what is run, by the name of the row."""
     if tune or benchmark == "strengths":
         strengths = GRID if tune else (1.0, 1e2, 1e3, 1e4)
-        kinds = STRENGTHS if tune else {"ElasticWeightConsolidation": STRENGTHS["ElasticWeightConsolidation"]}
+        kinds = STRENGTHS if tune else {name: STRENGTHS[name] for name in OF_WEIGHTS}
         made = {f"{name}, {s:g}": (with_strength, s) for name, with_strength in kinds.items() for s in strengths}
-        return {row: partial(_with_strength, tasks, seed, *one) for row, one in made.items()}
+        runs = {row: partial(_with_strength, tasks, seed, *one) for row, one in made.items()}
+        return {**runs, **(_of_peers(tasks, seed, peers) if tune else {})}
     return {
         **{row: partial(_with_callbacks, tasks, seed, make) for row, make in ROWS.items()},
-        **{row: partial(theirs, tasks, seed, make) for row, make in peers.items()},
+        **_of_peers(tasks, seed, peers),
         "all at once": partial(joint, tasks, seed),
     }
+
+
+def _of_peers(tasks: list[Task], seed: int, peers: Any) -> dict[str, Callable[[], AccuracyMatrix]]:
+    return {row: partial(theirs, tasks, seed, make) for row, make in peers.items()}
 
 
 def _with_strength(
@@ -337,7 +347,7 @@ def main() -> None:
     data = FashionMNIST(train_size=IMAGES)
     data.prepare_data()
     data.setup()
-    peers = avalanche() or {}
+    peers = avalanche(options.tune) or {}
 
     chosen = [options.only] if options.only else ["permuted", "split", "strengths"]
     for name in chosen if not options.tune else ["permuted"]:

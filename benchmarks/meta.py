@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,11 @@ import torch
 import torchopt
 from rich.console import Console
 from rich.table import Table
+from sinusoid import Batch, Tasks, mlp, sinusoid, sinusoids, squared_error
 from torch import Tensor, nn
 
-from lightning_optcore.meta import MetaGradient, Sinusoids
+from lightning_optcore.meta import MetaGradient
 
-Batch = tuple[Tensor, Tensor]
-Tasks = tuple[Batch, Batch]
 Step = Callable[[nn.Module, Tasks], None]
 PARTS = ("gradients", "speed", "memory", "sinusoid")
 # Shapes of conv4: images of a class in the support set, channels, side of the images.
@@ -61,12 +60,6 @@ def main() -> None:
     print("versions:", ", ".join(f"{name} {version(name)}" for name in ("torch", "higher", "torchopt")))
 
 
-def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The network of the sinusoid."""
-    layers = (nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
-    return nn.Sequential(*layers).to(dtype)
-
-
 def conv4(channels: int, side: int = 28, n_way: int = 5, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Four blocks of convolution, batch norm of the batch's own statistics, ReLU and pooling (Vinyals et al., 2016)."""
     layers: list[nn.Module] = []
@@ -80,20 +73,9 @@ def conv4(channels: int, side: int = 28, n_way: int = 5, dtype: torch.dtype = to
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * (side // 16) ** 2, n_way)).to(dtype)
 
 
-def squared_error(module: nn.Module, batch: Batch) -> Tensor:
-    """The loss of the sinusoid."""
-    return (module(batch[0]) - batch[1]).square().mean()
-
-
 def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:
     """The loss of images."""
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
-
-
-def sinusoids(count: int = 25, seed: int = 0, dtype: torch.dtype = torch.float32, **family: int) -> Tasks:
-    """Tasks of Finn et al. (2017)."""
-    support, query = Sinusoids(**family).batch(count, torch.Generator().manual_seed(seed))
-    return tuple(one.to(dtype) for one in support), tuple(one.to(dtype) for one in query)  # type: ignore[return-value]
 
 
 def images(count: int, shots: int, side: int, dtype: torch.dtype = torch.float32, n_way: int = 5) -> Tasks:
@@ -353,89 +335,6 @@ class Plain(Peer):
             slopes = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
             fast = {name: one - self.lr * slope for (name, one), slope in zip(fast.items(), slopes, strict=True)}
         return self.loss_fn(lambda x: call(self.module, fast, (x,)), query)  # type: ignore[arg-type]
-
-
-# By name: shots, options of MetaGradient, the inner steps that take turns, and whether the inner rates are learned.
-SINUSOID: dict[str, tuple[int, dict[str, Any], tuple[int, ...], bool]] = {
-    "MAML, 1 step, K=10": (10, {}, (1,), False),
-    "MAML, 1 step, K=5": (5, {}, (1,), False),
-    "FOMAML, 1 step, K=10": (10, {"first_order": True}, (1,), False),
-    "ANIL, 1 step, K=10": (10, {"adapts": lambda name: name.startswith("4.")}, (1,), False),
-    "Meta-SGD, 1 step, K=10": (10, {}, (1,), True),
-    "MAML, 5 steps, K=10": (10, {}, (5,), False),
-    "Reptile, 5 steps, K=10": (10, {"direction": "displacement"}, (5,), False),
-}
-JUDGED_AFTER = (0, 1, 5, 10)
-LR, CLIP = 3e-3, 10.0
-DIVERGED = 1e3
-
-
-def sinusoid(options: argparse.Namespace) -> None:
-    """Train each algorithm for so many seconds of the processor, and adapt to the same tasks."""
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    table = Table(title=f"sinusoid: mean squared error of 1,000 tasks after {options.seconds:.0f} s of training")
-    for title in ("", *(f"{steps} steps" for steps in JUDGED_AFTER), "iterations", "seeds"):
-        table.add_column(title)
-    for name, (shots, given, turns, learned) in SINUSOID.items():
-        if options.only and name not in options.only:
-            continue
-        runs = [trained(seed, shots, given, turns, learned, options.seconds) for seed in seeds]
-        cells = [_summary([run[0][i] for run in runs]) for i in range(len(JUDGED_AFTER))]
-        iterations = statistics.mean(run[1] for run in runs)
-        table.add_row(name, *cells, f"{iterations:.0f}", f"{seeds.start}..{seeds.stop - 1}")
-        print(name, *cells, flush=True)
-    Console(width=140).print(table)
-
-
-def trained(
-    seed: int, shots: int, given: dict[str, Any], turns: tuple[int, ...], learned: bool, seconds: float
-) -> tuple[list[float], int]:
-    """Return the errors after adaptation, and how many iterations there were."""
-    torch.manual_seed(seed)
-    module = mlp()
-    rates = {name: torch.full_like(one, 0.01).requires_grad_() for name, one in module.named_parameters()}
-    outer = [*module.parameters(), *(rates.values() if learned else ())]
-    reptile = given.get("direction") == "displacement"
-    optimizer = torch.optim.SGD(outer, lr=1.0) if reptile else torch.optim.Adam(outer, lr=LR, foreach=True)
-    peak = optimizer.param_groups[0]["lr"]
-    shared: dict[str, Any] = {"backend": "vmap", "compile": True, **given}
-    steps = [MetaGradient(module, squared_error, num_inner_steps=one, **shared) for one in turns]
-    family, generator = Sinusoids(k_shot=shots, num_query=10), torch.Generator().manual_seed(seed)
-    # What the compiler takes is paid once for a network, and not counted.
-    for step in steps:
-        step(family.batch(25, generator), rates if learned else None)
-    start, iterations = time.process_time(), 0
-    while (done := (time.process_time() - start) / seconds) < 1:
-        found = steps[iterations % len(steps)](family.batch(25, generator), rates if learned else None)
-        for name, parameter in module.named_parameters():
-            parameter.grad = found.gradients[name]
-        for name, gradient in found.rate_gradients.items():
-            rates[name].grad = gradient
-        # Constant for the first half, then to zero.
-        optimizer.param_groups[0]["lr"] = peak * min(1.0, 2 * (1 - done))
-        torch.nn.utils.clip_grad_norm_(outer, CLIP, foreach=True)
-        optimizer.step()
-        iterations += 1
-    test = sinusoids(1000, seed=10**6, k_shot=shots, num_query=100)
-    return list(_errors(module, given, rates if learned else None, test)), iterations
-
-
-def _errors(module: nn.Module, given: dict[str, Any], rates: dict[str, Tensor] | None, test: Tasks) -> Iterator[float]:
-    adapts = given.get("adapts")
-    for steps in JUDGED_AFTER:
-        judged = MetaGradient(
-            module, squared_error, num_inner_steps=steps, adapts=adapts, backend="vmap", chunk_size=100
-        )
-        yield float(judged(test, rates).loss)
-
-
-def _summary(values: list[float]) -> str:
-    # Steps that are longer than those of the training may lead away.
-    far = sum(not value < DIVERGED for value in values)
-    if far:
-        return f"diverged, {far} of {len(values)}"
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.3f} +- {spread:.3f}"
 
 
 if __name__ == "__main__":

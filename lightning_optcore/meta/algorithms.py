@@ -2,7 +2,8 @@
 
 Sources: MAML and its first-order form (Finn et al., 2017, https://arxiv.org/abs/1703.03400), ANIL (Raghu et al., 2020,
 https://arxiv.org/abs/1909.09157), Reptile (Nichol et al., 2018, https://arxiv.org/abs/1803.02999), Meta-SGD (Li et al.,
-2017, https://arxiv.org/abs/1707.09835), prototypical networks (Snell et al., 2017, https://arxiv.org/abs/1703.05175).
+2017, https://arxiv.org/abs/1707.09835), prototypical networks (Snell et al., 2017, https://arxiv.org/abs/1703.05175);
+the loss after every step, and rates of each step, MAML++ (Antoniou et al., 2019, https://arxiv.org/abs/1810.09502).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def maml(
     first_order: bool = False,
     backend: Backend = "auto",
     chunk_size: int | None = None,
+    query_loss_weights: Sequence[float] | None = None,
 ) -> tuple[Tensor, Parameters]:
     """Return the loss of the query sets after adaptation, and its gradient.
 
@@ -44,6 +46,7 @@ def maml(
         first_order: Whether to leave out that the inner gradients depend on the parameters.
         backend: ``"auto"``, ``"vmap"`` or ``"loop"``.
         chunk_size: Tasks that are computed together; ``None``: all.
+        query_loss_weights: What the loss after each inner step counts; ``None``: only what is left after the last one.
 
     Returns:
         The mean loss over the tasks and, by the name of the parameter, its gradient.
@@ -68,6 +71,7 @@ def maml(
         first_order=first_order,
         backend=backend,
         chunk_size=chunk_size,
+        query_loss_weights=query_loss_weights,
     )
     found = step(tasks)
     return found.loss, found.gradients
@@ -133,7 +137,8 @@ def meta_sgd(
         module: Any module.
         loss_fn: As in :func:`maml`.
         tasks: As in :func:`maml`.
-        rates: By the name of the parameter, its learning rates, of its shape (or of one that broadcasts to it).
+        rates: By the name of the parameter, its learning rates, of its shape (or of one that broadcasts to it); with
+            one more axis in front those of each step, of which the last goes on where there are more steps.
         options: As in :func:`maml`, but for ``inner_lr``.
 
     Returns:

@@ -74,7 +74,7 @@ def descend(
     losses: Sequence[Callable[[Parameters], Tensor]],
     parameters: Parameters,
     rates: float | Mapping[str, Tensor],
-    num_steps: int,
+    steps: range,
     *,
     first_order: bool = False,
     gradient: Gradient = by_transform,
@@ -84,22 +84,29 @@ def descend(
     Args:
         losses: Scalars of the parameters, of which each step takes the next.
         parameters: Where it begins.
-        rates: The learning rate; or one for every number of every parameter.
-        num_steps: How many steps.
+        rates: The learning rate; or one for every number of every parameter, where there is one more axis at each step,
+            of which the last goes on.
+        steps: The numbers of the steps, from 0.
         first_order: Whether the gradients of the steps are constants to what comes after.
         gradient: How a gradient is computed.
 
     Example:
-        >>> descend([lambda p: (p["x"] ** 2).sum()], {"x": torch.tensor([1.0])}, 0.25, 2)
+        >>> descend([lambda p: (p["x"] ** 2).sum()], {"x": torch.tensor([1.0])}, 0.25, range(2))
         {'x': tensor([0.2500])}
     """
-    for number in range(num_steps):
+    for number in steps:
         gradients = gradient(losses[number % len(losses)], parameters, first_order)
         parameters = {
-            name: value - (rates if isinstance(rates, (int, float)) else rates[name]) * gradients[name]
-            for name, value in parameters.items()
+            name: value - _rate(rates, name, value, number) * gradients[name] for name, value in parameters.items()
         }
     return parameters
+
+
+def _rate(rates: float | Mapping[str, Tensor], name: str, parameter: Tensor, number: int) -> float | Tensor:
+    if isinstance(rates, (int, float)):
+        return rates
+    rate = rates[name]
+    return rate[min(number, len(rate) - 1)] if rate.dim() > parameter.dim() else rate
 
 
 @contextmanager

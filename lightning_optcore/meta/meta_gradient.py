@@ -1,7 +1,8 @@
 """The gradient of what is left of a loss after adaptation, averaged over tasks.
 
 Source: Finn, Abbeel and Levine, "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", ICML 2017,
-https://arxiv.org/abs/1703.03400. The transforms are those of ``torch.func``.
+https://arxiv.org/abs/1703.03400; the loss after every step: Antoniou, Edwards and Storkey, "How to train your MAML",
+ICLR 2019, https://arxiv.org/abs/1810.09502. The transforms are those of ``torch.func``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from lightning_optcore.meta.outer_gradient import (
     by_outer_autograd,
     by_outer_transform,
     forked_random_numbers,
+    judged_steps,
 )
 from lightning_optcore.meta.tasks import MetaLearningError, OnePerTask, TaskBatch, Tasks, part, stacked, task_batch
 
@@ -54,13 +56,14 @@ class MetaStep:
     """What the tasks say.
 
     Args:
-        loss: Mean over the tasks of the loss of the query set after adaptation.
+        loss: Mean over the tasks of the loss of the query set after adaptation; the weighted sum of those after its
+            steps, where several count.
         gradients: Its gradient, by the name of the parameter; or what adaptation took away from the parameters, on
             average, where that is the direction.
         rate_gradients: The gradient with respect to the inner learning rates, where these are learned.
         losses: (tasks,) the loss of each task.
-        aux: What the loss returned beside the scalar for each query set, with the tasks along the first axis; a list,
-            one for each task, where the shapes differ.
+        aux: What the loss returned beside the scalar for each query set after the last step, with the tasks along the
+            first axis; a list, one for each task, where the shapes differ.
     """
 
     loss: Tensor
@@ -98,6 +101,8 @@ class MetaGradient:
         direction: ``"gradient"`` of the loss after adaptation; or ``"displacement"``: where adaptation came from less
             where it led to, on the support and query sets in turn (Reptile).
         has_aux: Whether the loss returns ``(scalar, aux)``, with ``aux`` a pytree of tensors.
+        query_loss_weights: What the loss of the query set after each inner step counts, one for each step: of a start
+            that is to be good after few steps and after many. ``None``: only what is left after the last step counts.
 
     Attributes:
         chosen: The backend that is used, once that is known.
@@ -129,6 +134,7 @@ class MetaGradient:
         compile: bool = False,
         direction: Direction = "gradient",
         has_aux: bool = False,
+        query_loss_weights: Sequence[float] | None = None,
     ) -> None:
         if backend not in BACKENDS:
             raise MetaLearningError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
@@ -138,6 +144,8 @@ class MetaGradient:
             raise MetaLearningError(f"num_inner_steps={num_inner_steps}: expected at least 0")
         if chunk_size is not None and chunk_size < 1:
             raise MetaLearningError(f"chunk_size={chunk_size}: expected at least 1, or null")
+        if query_loss_weights is not None and direction == "displacement":
+            raise MetaLearningError("query_loss_weights: no loss counts for direction='displacement'; expected None")
         self.module = module
         self.inner_lr = inner_lr
         self.num_inner_steps = num_inner_steps
@@ -147,6 +155,7 @@ class MetaGradient:
         self.direction = direction
         self.chosen: Literal["vmap", "loop"] | None = None if backend == "auto" else backend
         self.reason = "" if backend == "auto" else "as configured"
+        self._judged = judged_steps(num_inner_steps, query_loss_weights)
         self._adapts = adapts or (lambda name: True)
         self._with_aux = functional(module, loss_fn if has_aux else lambda one, batch: (loss_fn(one, batch), ()))
         self._compile = compile
@@ -159,7 +168,8 @@ class MetaGradient:
         Args:
             tasks: ``(support, query)``, pytrees of tensors with the tasks along the first axis; or a list of such
                 pairs, one for each task, where their shapes differ.
-            rates: Inner learning rates of every number of the parameters that are adapted, to be differentiated too.
+            rates: Inner learning rates of every number of the parameters that are adapted, to be differentiated too;
+                with one more axis in front those of each step, of which the last goes on where there are more steps.
 
         Raises:
             MetaLearningError: If there is no task, a support set is empty, or the loss cannot be differentiated.
@@ -192,7 +202,7 @@ class MetaGradient:
         given = {name: rate.detach() for name, rate in (rates or {}).items()}
 
         def after(support: Any) -> Parameters:
-            fast = self._after(parameters, buffers, given, [support], first_order=True)
+            fast = self._after(parameters, buffers, given, [support], self._all_steps, first_order=True)
             kept = _own(buffers, support)
             if tracking:
                 with torch.no_grad():
@@ -265,7 +275,7 @@ class MetaGradient:
 
     def _displacements(self, backend: str) -> Callable[..., Any]:
         def task(parameters: Parameters, rates: Parameters, buffers: Parameters, support: Any, query: Any) -> Any:
-            fast = self._after(parameters, buffers, rates, [support, query], first_order=True)
+            fast = self._after(parameters, buffers, rates, [support, query], self._all_steps, first_order=True)
             after = _own(buffers, query)
             loss, aux = self._with_aux(fast, after, query)
             return {name: parameters[name] - fast[name] for name in parameters}, (loss, after, aux)
@@ -290,10 +300,15 @@ class MetaGradient:
         gradient: Gradient = by_transform,
     ) -> tuple[Tensor, Parameters, Any]:
         """Return the loss of one task's query set after adaptation, the buffers that it left, and what else it gave."""
-        fast = self._after(parameters, buffers, rates, [support], first_order=self.first_order, gradient=gradient)
-        after = _own(buffers, query)
-        loss, aux = self._with_aux(fast, after, query)
-        return loss, after, aux
+        options: dict[str, Any] = {"first_order": self.first_order, "gradient": gradient}
+        fast, taken, losses = parameters, 0, []
+        for number, weight in self._judged:
+            fast = self._after(fast, buffers, rates, [support], range(taken, number), **options)
+            after = _own(buffers, query)
+            loss, aux = self._with_aux(fast, after, query)
+            losses.append(weight * loss)
+            taken = number
+        return sum(losses[1:], losses[0]), after, aux
 
     def _after(
         self,
@@ -301,6 +316,7 @@ class MetaGradient:
         buffers: Parameters,
         rates: Parameters,
         sets: Sequence[Any],
+        steps: range,
         *,
         first_order: bool,
         gradient: Gradient = by_transform,
@@ -314,15 +330,12 @@ class MetaGradient:
             return lambda fast: self._with_aux({**fixed, **fast}, _own(buffers, batch), batch)[0]
 
         losses = [loss_of(batch) for batch in sets]
-        fast = descend(
-            losses,
-            adapted,
-            rates or self.inner_lr,
-            self.num_inner_steps,
-            first_order=first_order,
-            gradient=gradient,
-        )
-        return {**fixed, **fast}
+        given = rates or self.inner_lr
+        return {**fixed, **descend(losses, adapted, given, steps, first_order=first_order, gradient=gradient)}
+
+    @property
+    def _all_steps(self) -> range:
+        return range(self.num_inner_steps)
 
     def _look(self, parameters: Parameters, buffers: Parameters, batch: TaskBatch) -> None:
         """Find out what the loss computes."""

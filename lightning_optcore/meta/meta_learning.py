@@ -18,6 +18,7 @@ from lightning_optcore.meta.algorithms import in_head, last_layer
 from lightning_optcore.meta.functional import Parameters, learned_parameters
 from lightning_optcore.meta.learners import PRE_ADAPTATION, GradientLearner, Learner, PrototypeLearner
 from lightning_optcore.meta.meta_gradient import BACKENDS, Backend, MetaStep
+from lightning_optcore.meta.outer_gradient import judged_steps
 from lightning_optcore.meta.tasks import MetaLearningError, TaskBatch, task_batch
 from lightning_optcore.random_states import random_states, restore_random_states
 
@@ -57,6 +58,11 @@ class MetaLearning(Callback):
         evaluation_steps: Gradient steps in validation, test and prediction; ``None``: as in training.
         head: For ``"anil"``: names of the modules or parameters that are adapted, ``*`` allowed; ``None``: the last
             module that has parameters of its own.
+        query_loss_weights: What the query loss after each step of the adaptation counts in training, one number for
+            each: of a start that is to be good after few steps and after many (MAML++, Antoniou et al., 2019).
+            ``None``: only what is left after the last step counts.
+        rates_per_step: Whether ``"meta_sgd"`` learns other rates for each step; what takes more steps goes on with the
+            last.
 
     Attributes:
         backend_reason: Which backend is used, and why, once that is known.
@@ -84,6 +90,8 @@ class MetaLearning(Callback):
         chunk_size: int | None = None,
         evaluation_steps: int | None = None,
         head: str | Sequence[str] | None = None,
+        query_loss_weights: Sequence[float] | None = None,
+        rates_per_step: bool = False,
     ) -> None:
         super().__init__()
         _check_choice("algorithm", algorithm, ALGORITHMS)
@@ -98,6 +106,17 @@ class MetaLearning(Callback):
             raise MisconfigurationException(f"{STEP}.chunk_size={chunk_size}: expected at least 1, or null")
         if head is not None and algorithm != "anil":
             raise MisconfigurationException(f"{STEP}.head={head}: only algorithm=anil adapts a head")
+        if query_loss_weights is not None and algorithm in ("reptile", "protonet"):
+            raise MisconfigurationException(
+                f"{STEP}.query_loss_weights={list(query_loss_weights)}: algorithm={algorithm} has no query loss after "
+                "each step; expected null"
+            )
+        if rates_per_step and algorithm != "meta_sgd":
+            raise MisconfigurationException(f"{STEP}.rates_per_step=True: only algorithm=meta_sgd learns inner rates")
+        try:
+            judged_steps(adaptation_steps, query_loss_weights, "adaptation_steps")
+        except MetaLearningError as error:
+            raise MisconfigurationException(f"{STEP}.{error}") from error
         self.algorithm = algorithm
         self.adaptation_steps = adaptation_steps
         self.meta_learning_rate = meta_learning_rate
@@ -107,6 +126,8 @@ class MetaLearning(Callback):
         self.chunk_size = chunk_size
         self.evaluation_steps = evaluation_steps
         self.head = head
+        self.query_loss_weights = None if query_loss_weights is None else list(query_loss_weights)
+        self.rates_per_step = rates_per_step
         self._fitting = False
         self._joined: dict[str, Any] = {}
         self._training: Learner | None = None
@@ -132,7 +153,7 @@ class MetaLearning(Callback):
         self._fitting = stage == "fit"
         own = pl_module.training_step
         if self._fitting:
-            self._training = self._learner(pl_module, own, self.adaptation_steps)
+            self._training = self._learner(pl_module, own, self.adaptation_steps, self.query_loss_weights)
             self._join(pl_module, "training_step", self._training_step(trainer, pl_module, self._training))
         self._evaluating = self._learner(pl_module, own, self.evaluation_steps or self.adaptation_steps)
         name = f"{_EVALUATIONS[stage]}_step"
@@ -194,7 +215,9 @@ class MetaLearning(Callback):
                 self._training.meta_gradient.keep(state_dict["backend"], "as before the training was resumed")
             restore_random_states(state_dict["random"])
 
-    def _learner(self, pl_module: LightningModule, training_step: Step, num_steps: int) -> Learner:
+    def _learner(
+        self, pl_module: LightningModule, training_step: Step, num_steps: int, weights: list[float] | None = None
+    ) -> Learner:
         shared = {"backend": self.backend, "chunk_size": self.chunk_size}
         if self.algorithm == "protonet":
             return PrototypeLearner(pl_module, shared)
@@ -207,6 +230,7 @@ class MetaLearning(Callback):
         own = {
             "inner_lr": self.inner_lr,
             "num_inner_steps": num_steps,
+            "query_loss_weights": weights,
             "first_order": self.algorithm == "fomaml",
             "adapts": adapts,
             "direction": "displacement" if self.algorithm == "reptile" else "gradient",
@@ -250,9 +274,10 @@ class MetaLearning(Callback):
     def _make_rates(self, pl_module: LightningModule) -> None:
         """Give every parameter its inner learning rates, those of the checkpoint where there is one."""
         for name, parameter in learned_parameters(pl_module).items():
+            shape = (self.adaptation_steps, *parameter.shape) if self.rates_per_step else parameter.shape
             rate = self._rates.get(name)
-            if rate is None or rate.shape != parameter.shape:
-                rate = torch.full_like(parameter, self.inner_lr)
+            if rate is None or rate.shape != shape:
+                rate = parameter.new_full(shape, self.inner_lr)
             self._rates[name] = rate.detach().to(parameter.device).clone().requires_grad_(True)
 
 

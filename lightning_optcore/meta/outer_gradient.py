@@ -6,7 +6,8 @@ the sum of the losses, ``(of the parameters, of the rates)``, and all that the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from lightning_optcore.meta.functional import Parameters
+from lightning_optcore.meta.tasks import MetaLearningError
 
 _NORMS = ("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm")
 
@@ -42,6 +44,35 @@ class CallRecorder(TorchFunctionMode):
         """Whether there are convolutions: with weights of each task they are grouped ones, which on a CPU take tens of
         times the memory and no less time."""
         return any(name.startswith("conv") for name in self.names)
+
+
+def judged_steps(
+    num_steps: int, weights: Sequence[float] | None, key: str = "num_inner_steps"
+) -> list[tuple[int, float]]:
+    """Return after how many inner steps the query set is judged, and what its loss there counts.
+
+    Args:
+        num_steps: How many steps there are.
+        weights: One for each step; ``None``: only what is left after the last counts.
+        key: The name of ``num_steps``, for messages.
+
+    Raises:
+        MetaLearningError: If the weights are not one for each step, or make no sense.
+
+    Example:
+        >>> judged_steps(3, [0.5, 0.0, 1.0])
+        [(1, 0.5), (3, 1.0)]
+    """
+    if weights is None:
+        return [(num_steps, 1.0)]
+    shown = f"query_loss_weights={list(weights)}"
+    if len(weights) != num_steps or not num_steps:
+        raise MetaLearningError(f"{shown}: {len(weights)} weights for {key}={num_steps}; expected one for each step")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise MetaLearningError(f"{shown}: expected numbers of at least 0")
+    if weights[-1] == 0:
+        raise MetaLearningError(f"{shown}: nothing counts after the last step; expected more than 0, or fewer steps")
+    return [(number, float(weight)) for number, weight in enumerate(weights, start=1) if weight]
 
 
 def by_outer_transform(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,16 +13,17 @@ from lightning_optcore.callbacks import MetaLearning
 from lightning_optcore.meta import EpisodicDataModule
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_meta_learning import ALGORITHMS, NETWORKS, Sinusoids, a_module
+from test_meta_learning import AFTER_EACH_STEP, ALGORITHMS, NETWORKS, Sinusoids, a_module
 
 
 def run(folder: Path, ranks: int) -> None:
     found = {}
-    for name in (*ALGORITHMS, "batch_norm"):
+    for name in (*ALGORITHMS, *AFTER_EACH_STEP, "batch_norm"):
         module = a_module(NETWORKS["batch_norm"] if name == "batch_norm" else None, optimizer=torch.optim.SGD, lr=1e-3)
         if name == "protonet":
             module.network[-1] = nn.Linear(20, 4)
-        callback = MetaLearning("maml" if name == "batch_norm" else name, adaptation_steps=2, backend="loop")
+        options = AFTER_EACH_STEP.get(name, {"algorithm": "maml" if name == "batch_norm" else name})
+        callback = MetaLearning(**options, adaptation_steps=2, backend="loop")
         trainer = Trainer(
             accelerator="cpu",
             devices=ranks,

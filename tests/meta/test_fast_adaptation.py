@@ -62,14 +62,16 @@ def test_it_is_the_adaptation_of_meta_learning(make_trainer, checkpoint, tmp_pat
     assert adaptation.after.quality["val/loss"] == pytest.approx(trained_for, rel=1e-3)
 
 
-def test_learned_rates_come_with_the_checkpoint(make_trainer, tmp_path):
-    callback = MetaLearning("meta_sgd", adaptation_steps=1, inner_lr=0.1)
+@pytest.mark.parametrize("rates_per_step", [False, True])
+def test_learned_rates_come_with_the_checkpoint(make_trainer, tmp_path, rates_per_step):
+    callback = MetaLearning("meta_sgd", adaptation_steps=1, inner_lr=0.1, rates_per_step=rates_per_step)
     trainer = make_trainer(callback, limit_train_batches=2)
     trainer.fit(network(), datamodule=episodes())
     trainer.save_checkpoint(tmp_path / "meta.ckpt")
-    adaptation = FastAdaptation(str(tmp_path / "meta.ckpt"), 1, output_dir=str(tmp_path / "adapted"), **QUICK)
+    adaptation = FastAdaptation(str(tmp_path / "meta.ckpt"), 2, output_dir=str(tmp_path / "adapted"), **QUICK)
     make_trainer(adaptation).fit(network(), datamodule=TaskDataModule(episodes()))
     assert adaptation.artifact.recipe.steps[-1].parameters["inner_lr"] is None
+    assert adaptation.after.quality["val/loss"] < adaptation.before.quality["val/loss"]
 
 
 def test_only_the_head_is_adapted(make_trainer, tmp_path):

@@ -28,9 +28,10 @@ def sinusoids(count=6, dtype=torch.float32):
     return (x[:, :10], y[:, :10]), (x[:, 10:], y[:, 10:])
 
 
-def by_autograd(module, tasks, lr, steps, first_order=False, adapted=None, rates=None):
+def by_autograd(module, tasks, lr, steps, first_order=False, adapted=None, rates=None, weights=None):
     """The same by ``torch.autograd`` alone, task by task."""
     support, query = tasks
+    weights = weights or [0.0] * (steps - 1) + [1.0]
     names = [name for name, _ in module.named_parameters()]
     parameters = dict(module.named_parameters())
     count = len(support[0])
@@ -39,14 +40,19 @@ def by_autograd(module, tasks, lr, steps, first_order=False, adapted=None, rates
     for i in range(count):
         fast = dict(parameters)
         inner = [name for name in names if adapted is None or name in adapted]
-        for _ in range(steps):
+        total_loss = 0.0
+        for number in range(steps):
             loss = (functional_call(module, fast, (support[0][i],)) - support[1][i]).square().mean()
             found = torch.autograd.grad(loss, [fast[name] for name in inner], create_graph=not first_order)
             for name, gradient in zip(inner, found, strict=True):
-                fast[name] = fast[name] - (lr if rates is None else rates[name]) * gradient
-        loss = (functional_call(module, fast, (query[0][i],)) - query[1][i]).square().mean()
-        losses.append(loss.detach())
-        for total, gradient in zip(totals, torch.autograd.grad(loss, wanted), strict=True):
+                rate = lr if rates is None else rates[name]
+                if rates is not None and rate.dim() > parameters[name].dim():
+                    rate = rate[min(number, len(rate) - 1)]
+                fast[name] = fast[name] - rate * gradient
+            loss = (functional_call(module, fast, (query[0][i],)) - query[1][i]).square().mean()
+            total_loss = total_loss + weights[number] * loss
+        losses.append(total_loss.detach())
+        for total, gradient in zip(totals, torch.autograd.grad(total_loss, wanted), strict=True):
             total.add_(gradient / count)
     return torch.stack(losses).mean(), totals
 
@@ -84,6 +90,52 @@ def test_inner_rates_are_learned(backend):
     assert all(torch.allclose(one, other, rtol=0, atol=1e-10) for one, other in zip(found, expected, strict=True))
     with pytest.raises(MetaLearningError, match=r"rates: none for 0.bias"):
         meta_sgd(module, squared_error, tasks, {name: rates[name] for name in rates if name != "0.bias"})
+
+
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("adapted", [None, ("4.weight", "4.bias")])
+def test_the_loss_after_each_step_counts_what_it_is_told_to(backend, first_order, adapted):
+    module, tasks, weights = network(torch.float64), sinusoids(dtype=torch.float64), [0.5, 0.0, 2.0]
+    expected_loss, expected = by_autograd(module, tasks, 0.01, 3, first_order, adapted, weights=weights)
+    head = ["0", "2", "4"] if adapted is None else "4"
+    loss, gradients = anil(
+        module,
+        squared_error,
+        tasks,
+        head,
+        num_inner_steps=3,
+        first_order=first_order,
+        backend=backend,
+        query_loss_weights=weights,
+    )
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-10)
+    for name, one in zip(dict(module.named_parameters()), expected, strict=True):
+        assert torch.allclose(gradients[name], one, rtol=0, atol=1e-10), name
+
+    def of_bias(weights):
+        return maml(module, squared_error, tasks, 0.01, 3, backend=backend, query_loss_weights=weights)[1]["0.bias"]
+
+    assert torch.equal(of_bias([0, 0, 1]), of_bias(None))
+
+
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+def test_rates_of_each_step_are_learned_and_the_last_goes_on(backend):
+    module, tasks = network(torch.float64), sinusoids(dtype=torch.float64)
+    torch.manual_seed(1)
+    rates = {
+        name: (0.02 * torch.rand(2, *one.shape, dtype=one.dtype)).requires_grad_()
+        for name, one in module.named_parameters()
+    }
+    weights = [1.0, 0.0, 0.5]
+    _, expected = by_autograd(module, tasks, None, 3, rates=rates, weights=weights)
+    options = {"num_inner_steps": 3, "backend": backend, "query_loss_weights": weights}
+    _, gradients, of_rates = meta_sgd(module, squared_error, tasks, rates, **options)
+    found = [*gradients.values(), *of_rates.values()]
+    assert all(torch.allclose(one, other, rtol=0, atol=1e-10) for one, other in zip(found, expected, strict=True))
+    step = MetaGradient(module, squared_error, num_inner_steps=1, backend=backend)
+    first = {name: one[0] for name, one in rates.items()}
+    assert torch.equal(step.adapted(tasks, rates)[0]["0.bias"], step.adapted(tasks, first)[0]["0.bias"])
 
 
 def test_chunks_of_tasks_come_to_the_same():
@@ -220,6 +272,13 @@ def test_prototypes_classify():
         ({"backend": "jit"}, "backend='jit': expected one of auto, vmap, loop"),
         ({"num_inner_steps": -1}, "num_inner_steps=-1: expected at least 0"),
         ({"chunk_size": 0}, "chunk_size=0: expected at least 1"),
+        (
+            {"num_inner_steps": 3, "query_loss_weights": [1.0, 1.0]},
+            r"query_loss_weights=\[1.0, 1.0\]: 2 weights for num_inner_steps=3; expected one for each step",
+        ),
+        ({"query_loss_weights": [-1.0]}, r"query_loss_weights=\[-1.0\]: expected numbers of at least 0"),
+        ({"query_loss_weights": [0]}, r"query_loss_weights=\[0\]: nothing counts after the last step"),
+        ({"query_loss_weights": [1], "direction": "displacement"}, "no loss counts for direction='displacement'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

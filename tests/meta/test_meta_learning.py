@@ -19,6 +19,11 @@ from lightning_optcore.callbacks import MetaLearning
 from lightning_optcore.meta import maml
 
 ALGORITHMS = ("maml", "fomaml", "anil", "meta_sgd", "reptile", "protonet")
+# With the loss after each of two steps, and rates of each.
+AFTER_EACH_STEP = {
+    "maml after each step": {"algorithm": "maml", "query_loss_weights": [1.0, 1.0]},
+    "meta_sgd of each step": {"algorithm": "meta_sgd", "query_loss_weights": [1.0, 0.5], "rates_per_step": True},
+}
 
 
 class Sinusoids(Dataset):
@@ -129,12 +134,13 @@ def test_a_step_is_along_the_gradient_of_maml(make_trainer):
     assert callback.backend_reason.startswith(("vmap: a step takes", "loop: a step takes"))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, *AFTER_EACH_STEP])
 def test_every_algorithm_fits_validates_tests_predicts_and_resumes(make_trainer, tmp_path, algorithm):
     labels = algorithm == "protonet"
+    options = {"adaptation_steps": 2, "inner_lr": 0.02, **AFTER_EACH_STEP.get(algorithm, {"algorithm": algorithm})}
 
     def run(ckpt_path=None):
-        module, callback = a_module(NETWORKS["dropout"]), MetaLearning(algorithm, adaptation_steps=2, inner_lr=0.02)
+        module, callback = a_module(NETWORKS["dropout"]), MetaLearning(**options)
         if labels:
             module.network[-1] = nn.Linear(16, 4)
         checkpoint = ModelCheckpoint(tmp_path / ("resumed" if ckpt_path else "whole"), "{epoch}", save_top_k=-1)
@@ -151,7 +157,7 @@ def test_every_algorithm_fits_validates_tests_predicts_and_resumes(make_trainer,
     held_out = tasks_of(8, first=200, labels=labels)
     name = "acc" if labels else "loss"
     logged = whole.test(module, held_out, verbose=False)[0]
-    again = make_trainer(MetaLearning(algorithm, adaptation_steps=2, inner_lr=0.02))
+    again = make_trainer(MetaLearning(**options))
     other = copy.deepcopy(module)
     with torch.no_grad():
         other.network[0].weight.zero_()
@@ -255,6 +261,37 @@ def test_inner_rates_are_learned_by_the_same_optimizer(make_trainer, tmp_path):
     assert one["test/loss"] != other["test/loss"]
 
 
+def test_a_step_is_along_the_gradient_of_all_losses_that_count(make_trainer):
+    module = a_module(optimizer=torch.optim.SGD, lr=0.1)
+    batch, weights = next(iter(tasks_of(8))), [1.0, 0.0, 0.5]
+    loss_fn = lambda net, one: (net.network(one[0]) - one[1]).square().mean()  # noqa: E731
+    tasks = (batch["support"], batch["query"])
+    _, gradients = maml(module, loss_fn, tasks, 0.02, 3, query_loss_weights=weights)
+    after = float(maml(module, loss_fn, tasks, 0.02, 3)[0])
+    expected = {name: value - 0.1 * gradients[name] for name, value in weights_of(module).items() if name in gradients}
+    trainer = make_trainer(MetaLearning(adaptation_steps=3, inner_lr=0.02, query_loss_weights=weights))
+    trainer.fit(module, tasks_of(8))
+    for name, value in expected.items():
+        assert torch.allclose(module.state_dict()[name], value, atol=1e-6), name
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(after, rel=1e-5), "logged after the last step"
+
+
+def test_rates_of_each_step_are_kept_and_the_last_goes_on(make_trainer, tmp_path):
+    callback = MetaLearning("meta_sgd", adaptation_steps=2, rates_per_step=True, query_loss_weights=[1.0, 1.0])
+    trainer = make_trainer(callback, max_epochs=3)
+    trainer.fit(a_module(), tasks_of())
+    rates = callback.state_dict()["rates"]["network.0.weight"]
+    assert rates.shape == (2, 20, 1) and not torch.allclose(rates[0], rates[1])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    losses = [
+        make_trainer(MetaLearning("meta_sgd", adaptation_steps=2, rates_per_step=True, evaluation_steps=steps)).test(
+            a_module(), tasks_of(8), ckpt_path=tmp_path / "last.ckpt", verbose=False
+        )[0]["test/loss"]
+        for steps in (1, 2, 4)
+    ]
+    assert losses[0] > losses[1] > losses[2]
+
+
 @pytest.mark.parametrize(
     "options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}]
 )
@@ -293,7 +330,7 @@ def test_ranks_learn_what_one_process_does(tmp_path):
     for ranks in ("1", "2"):
         subprocess.run([sys.executable, script, tmp_path, ranks], check=True, timeout=300, cwd=tmp_path)
     one, two = (torch.load(tmp_path / f"{ranks}.pt", weights_only=True) for ranks in (1, 2))
-    assert one.keys() == two.keys() and len(one) == len(ALGORITHMS) + 1
+    assert one.keys() == two.keys() and len(one) == len(ALGORITHMS) + len(AFTER_EACH_STEP) + 1
     for run in one:
         for name, value in one[run].items():
             assert torch.allclose(value, two[run][name], rtol=0, atol=1e-6), (run, name)
@@ -309,6 +346,15 @@ def test_ranks_learn_what_one_process_does(tmp_path):
         ({"meta_learning_rate": -1.0}, r"meta_learning.meta_learning_rate=-1.0: expected more than 0"),
         ({"chunk_size": 0}, r"meta_learning.chunk_size=0: expected at least 1"),
         ({"head": "network"}, r"meta_learning.head=network: only algorithm=anil"),
+        ({"rates_per_step": True}, r"meta_learning.rates_per_step=True: only algorithm=meta_sgd"),
+        (
+            {"adaptation_steps": 3, "query_loss_weights": [1.0]},
+            r"meta_learning.query_loss_weights=\[1.0\]: 1 weights for adaptation_steps=3; expected one for each step",
+        ),
+        (
+            {"algorithm": "reptile", "adaptation_steps": 1, "query_loss_weights": [1.0]},
+            r"meta_learning.query_loss_weights=\[1.0\]: algorithm=reptile has no query loss",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
