@@ -101,7 +101,7 @@ def kill(folder: Path, rank: int, out: Path) -> dict[str, float]:
     os.kill(last["pid"], signal.SIGKILL)
     start, named = time.time(), float("nan")
     while True:
-        if math.isnan(named) and "died after" in out.read_text()[said:]:
+        if math.isnan(named) and b"died after" in out.read_bytes()[said:]:
             named = time.time() - start
         done = steps_of(folder)
         again = [one for one in done if one["restart"] > last["restart"]]
