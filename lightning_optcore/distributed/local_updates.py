@@ -95,6 +95,9 @@ class LocalUpdates:
         assert self._sent is not None
         (there, exchange), self._sent = self._sent, None
         learned = exchange.finish()
+        if self._were_cut():
+            # What was sent is of other parameters; the next exchange begins anew.
+            return
         if self.momentum is not None:
             self.momentum.mul_(self.outer_momentum).add_(learned)
             learned = learned + self.outer_momentum * self.momentum
@@ -135,7 +138,7 @@ class LocalUpdates:
 
     def _follow_shapes(self) -> None:
         """Begin anew where parameters were cut or frozen: all ranks do it alike, and start from their mean."""
-        if sum(parameter.numel() for parameter in self.parameters()) == len(self.anchor):
+        if not self._were_cut():
             return
         mean = _flat(self.parameters()).div_(self.collectives.world_size)
         self.collectives.all_reduce(mean).wait()
@@ -143,6 +146,9 @@ class LocalUpdates:
         self.anchor = mean
         self.momentum = None if self.momentum is None else torch.zeros_like(mean)
         self.exchange.residual = None
+
+    def _were_cut(self) -> bool:
+        return sum(parameter.numel() for parameter in self.parameters()) != len(self.anchor)
 
     def shared_state(self) -> dict[str, Any]:
         """Return what is the same on every rank once they were brought together."""

@@ -195,6 +195,7 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         """Take up what a checkpoint holds of the communication."""
         super().on_train_start()
         self._steps = self._steps_logged = 0
+        self._step_ends.clear()
         self._bytes_logged = self.bytes_sent
         shared, own = self._loaded or ({}, {})
         self._loaded = None

@@ -207,10 +207,31 @@ def test_early_stopping_test_and_predictions_of_all_ranks(tmp_path):
     assert sum(len(labels) for predictions, _ in written for labels in predictions) in (517, 518)
 
 
-def pruned(way):
-    pruning = StructuredPruning(target_params=0.6, criterion="l2", start_epoch=1)
+class OfRankZero(Digits):
+    def validation_step(self, batch, batch_idx):
+        if self.global_rank == 0:
+            self.log("rank_zero", 1.0, rank_zero_only=True)
+        super().validation_step(batch, batch_idx)
+
+
+def stopped_by_rank_zero():
+    stopping = EarlyStopping("rank_zero", patience=1, strict=False)
     trainer, module = fitted(
-        way, {"period": 4, "overlap": 0} if way == "diloco" else {}, callbacks=(pruning,), max_epochs=3
+        "diloco", {"period": 5, "overlap": 1}, module=OfRankZero(), callbacks=(stopping,), max_epochs=9
+    )
+    return trainer.current_epoch, weights(module)
+
+
+def test_a_metric_of_rank_zero_alone_stops_all_ranks():
+    one, other = run_ranks(stopped_by_rank_zero)
+    assert one[0] == other[0] == 2 and torch.equal(one[1], other[1])
+
+
+def pruned(way):
+    # While an exchange is under way, which began after step 24 of 60.
+    pruning = StructuredPruning(target_params=0.6, criterion="l2", start_epoch=1.4)
+    trainer, module = fitted(
+        way, {"period": 8, "overlap": 6} if way == "diloco" else {}, callbacks=(pruning,), max_epochs=3
     )
     return weights(module), float(trainer.callback_metrics["val/loss"])
 
