@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -207,17 +208,16 @@ def test_early_stopping_test_and_predictions_of_all_ranks(tmp_path):
     assert sum(len(labels) for predictions, _ in written for labels in predictions) in (517, 518)
 
 
-class OfRankZero(Digits):
+class StopsOnRankZero(Digits):
     def validation_step(self, batch, batch_idx):
-        if self.global_rank == 0:
-            self.log("rank_zero", 1.0, rank_zero_only=True)
+        self.log("own", 1.0 if self.global_rank == 0 else -float(self.current_epoch))
         super().validation_step(batch, batch_idx)
 
 
 def stopped_by_rank_zero():
-    stopping = EarlyStopping("rank_zero", patience=1, strict=False)
+    stopping = EarlyStopping("own", patience=1)
     trainer, module = fitted(
-        "diloco", {"period": 5, "overlap": 1}, module=OfRankZero(), callbacks=(stopping,), max_epochs=9
+        "diloco", {"period": 5, "overlap": 1}, module=StopsOnRankZero(), callbacks=(stopping,), max_epochs=9
     )
     return trainer.current_epoch, weights(module)
 
@@ -271,13 +271,19 @@ def test_it_is_known_by_name(name):
     )
 
 
-def test_one_rank_alone_is_told(recwarn):
-    strategy = OptCoreDDPStrategy("diloco")
-    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=3, **SILENT)
-    trainer.fit(Digits(), loader())
-    assert any("one rank only" in str(one.message) for one in recwarn)
-    assert strategy.bytes_sent == 0
-    torch.distributed.destroy_process_group()
+def trained_alone():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        strategy = OptCoreDDPStrategy("diloco")
+        trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=3, **SILENT)
+        trainer.fit(Digits(), loader())
+    return [str(one.message) for one in caught], strategy.bytes_sent, trainer.global_step
+
+
+def test_one_rank_alone_is_told():
+    ((told, sent, steps),) = run_ranks(trained_alone, world_size=1)
+    assert any("one rank only" in one for one in told)
+    assert (sent, steps) == (0, 3)
 
 
 @pytest.mark.parametrize(
