@@ -95,6 +95,8 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
     ) -> None:
         self.communication: str = communication
         self.communication_options = checked_options(communication, communication_options)
+        if backend not in (None, "gloo", "nccl"):
+            raise MisconfigurationException(f"backend={backend!r}: expected 'gloo', 'nccl', or None for the device's")
         if communication != "none" and ddp_kwargs.get("ddp_comm_hook") is not None:
             raise MisconfigurationException(
                 f"communication={communication!r} and ddp_comm_hook: there is one hook; expected communication='none'"
@@ -146,6 +148,14 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         self._collectives = self._collectives or Collectives()
         if self.world_size == 1 and self.communication != "none":
             rank_zero_warn(f"communication={self.communication!r}: there is one rank only, which has nobody to tell")
+
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        if backend == "nccl" and (self.root_device.type != "cuda" or not torch.distributed.is_nccl_available()):
+            raise MisconfigurationException(
+                f"backend='nccl': needs CUDA devices, and this rank has {self.root_device}; expected backend='gloo'"
+            )
+        return backend
 
     def setup(self, trainer: Trainer) -> None:
         """Wrap the module for a new run."""

@@ -286,6 +286,13 @@ def test_one_rank_alone_is_told():
     assert (sent, steps) == (0, 3)
 
 
+def test_nccl_without_a_gpu_is_refused_before_ranks_wait_for_each_other():
+    strategy = OptCoreDDPStrategy(backend="nccl")
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_steps=1, **SILENT)
+    with pytest.raises(MisconfigurationException, match="needs CUDA devices, and this rank has cpu"):
+        trainer.fit(Digits(), loader())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -300,6 +307,7 @@ def test_one_rank_alone_is_told():
         ({"timeout": 0}, "timeout=0: expected seconds above 0"),
         ({"retry_attempts": -1}, "retry_attempts=-1: expected a whole number, 0 or more"),
         ({"communication": "int8", "ddp_comm_hook": print}, "there is one hook"),
+        ({"backend": "mpi"}, "backend='mpi': expected 'gloo', 'nccl', or None"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
