@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
@@ -478,10 +479,16 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
             return {}
         if self.is_global_zero or not shared["own"]:
             return dict(shared["own"])
+        path = self._own_path(os.path.realpath(checkpoint_path))
         try:
-            return self.checkpoint_io.load_checkpoint(self._own_path(os.path.realpath(checkpoint_path)))
-        except FileNotFoundError as error:
-            rank_zero_warn(f"{error.filename} is not there: rank {self.global_rank} goes on with what rank 0 saved")
+            return self.checkpoint_io.load_checkpoint(path)
+        except FileNotFoundError:
+            # Only this rank knows: what is for rank 0 alone would not be seen.
+            warnings.warn(
+                f"{path} is not there: rank {self.global_rank} goes on with what rank 0 saved, and without what it had "
+                "not sent yet",
+                stacklevel=2,
+            )
             return {}
 
     def _own_path(self, filepath: str | Path) -> str:

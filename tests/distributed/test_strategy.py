@@ -87,6 +87,25 @@ def test_every_way_learns_together_and_resumes_to_the_bit(way, tmp_path):
     assert (one["calls"] > 0) == (way not in ("none", "local_sgd", "diloco", "auto")) or way == "auto"
 
 
+def resumed_without_its_own(folder):
+    saved = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    fitted("diloco", {"period": 7, "overlap": 3}, callbacks=(saved,), enable_checkpointing=True, max_epochs=1)
+    torch.distributed.barrier()
+    beside = Path(folder) / "epoch=0.ckpt.rank1"
+    if torch.distributed.get_rank() == 1:
+        beside.unlink()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, module = fitted("diloco", {"period": 7, "overlap": 3}, ckpt_path=Path(folder) / "epoch=0.ckpt")
+    return [str(one.message) for one in caught if str(beside) in str(one.message)], weights(module)
+
+
+def test_a_rank_whose_file_is_missing_says_so_and_goes_on(tmp_path):
+    (silent, one), (told, other) = run_ranks(resumed_without_its_own, str(tmp_path))
+    assert not silent and len(told) == 1 and "rank 1 goes on with what rank 0 saved" in told[0]
+    assert torch.equal(one, other)
+
+
 def averaged_as_ddp_does(way, options):
     _, module = fitted(way, options)
     return weights(module)
