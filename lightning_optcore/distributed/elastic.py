@@ -7,7 +7,9 @@ it cannot change its members.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import threading
 import time
 import warnings
@@ -41,6 +43,7 @@ from lightning_optcore.distributed.supervisor import LIGHTHOUSE, STORE, Start, S
 T = TypeVar("T")
 # Key of what Lightning's checkpoints leave out.
 _IN_STEP = "optcore_in_step"
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>; torchft is for Linux only
 # A process is one replica, however many Trainers it makes.
 _PROCESS: dict[str, Any] = {}
 
@@ -186,6 +189,7 @@ class ElasticDDPStrategy(ParallelStrategy):
             # Generous: rank 0 may prepare data for a long time, and the supervisor sees who dies.
             store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(hours=24))
             threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+            os.register_at_fork(after_in_child=partial(_die_with, os.getpid(), ctypes.CDLL(None).prctl))
             _PROCESS["store"] = store
             _PROCESS["start"] = Start(PrefixStore("start", store), self.global_rank, self.num_processes)
             _PROCESS["group"] = ReplicaGroup(
@@ -255,7 +259,7 @@ class ElasticDDPStrategy(ParallelStrategy):
 
     def process_dataloader(self, dataloader: object) -> object:
         """Let one who joins begin with the batch in which the others are."""
-        if self._skip_batches and self._trainer.training and isinstance(dataloader, DataLoader):
+        if self._repeats_batch and self._trainer.training and isinstance(dataloader, DataLoader):
             batches = dataloader.batch_sampler
             size, sampler = getattr(batches, "batch_size", None), getattr(batches, "sampler", None)
             if size is not None and sampler is not None:
@@ -418,6 +422,16 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def _die_with(replica: int, prctl: Callable[[int, int], int]) -> None:
+    """Kill this forked process, a worker of a DataLoader, at once when its replica dies.
+
+    It has inherited the connections to the other replicas: as long as it lives, they wait for an answer.
+    """
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != replica:
+        os._exit(1)
 
 
 @contextmanager

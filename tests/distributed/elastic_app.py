@@ -89,13 +89,15 @@ def main() -> None:
     parser.add_argument("--norm", action="store_true")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--batches", type=int, default=20)  # of each replica in an epoch
     parser.add_argument("--fails", action="store_true")
     given = parser.parse_args()
     seed_everything(0)
     digits = Digits()
     digits.setup()
-    images, labels = digits.train_set[:640]
-    train = DataLoader(TensorDataset(images, labels, torch.arange(640)), 16, shuffle=True, num_workers=given.workers)
+    samples = given.batches * 16 * given.devices
+    images, labels = digits.train_set[:samples]
+    train = DataLoader(TensorDataset(images, labels, torch.arange(samples)), 16, shuffle=True, num_workers=given.workers)
     val = DataLoader(TensorDataset(*digits.val_set[:100], torch.arange(100)), 32)
     checkpoint = ModelCheckpoint(given.folder / "checkpoints", monitor="val/acc", mode="max", save_last=True)
     elastic = ElasticDDPStrategy(max_restarts=given.max_restarts, timeout=given.timeout)

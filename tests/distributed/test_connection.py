@@ -49,6 +49,7 @@ def connect_late(late: int) -> str:
     if rank == late:
         time.sleep(2.0)
     connect(environment(), "gloo", start_timeout=20.0)
+    torch.distributed.barrier()  # rank 0, which serves the store, is not gone while another one connects
     return "connected"
 
 

@@ -81,9 +81,11 @@ def together(pages: list[dict[str, Any]], pid: int, steps: int) -> bool:
     return sum(page["pid"] != pid and page["ranks"] == [0, 1] for page in pages) >= steps
 
 
-@pytest.mark.parametrize(("rank", "workers"), [(0, 0), (1, 1)])
-def test_a_killed_replica_comes_back_and_the_other_one_loses_nothing(job, rank, workers):
-    run = job("--norm", "--workers", workers)
+@pytest.mark.parametrize(
+    ("rank", "workers", "batches"), [(0, 0, 20), (1, 1, 20), pytest.param(1, 1, 1, id="joins at the first batch")]
+)
+def test_a_killed_replica_comes_back_and_the_other_one_loses_nothing(job, rank, workers, batches):
+    run = job("--norm", "--workers", workers, "--batches", batches)
     run.wait_until(lambda: all(len(run.pages(r)) >= 25 for r in (0, 1)))
     killed = run.kill(rank)
     run.wait_until(lambda: together(run.pages(rank), killed, 45))
@@ -98,7 +100,7 @@ def test_a_killed_replica_comes_back_and_the_other_one_loses_nothing(job, rank, 
     # Each is given what an undisturbed run would give it, before and after.
     for pages, number in ((survivor, 1 - rank), (other, rank)):
         for page in pages:
-            sampler = DistributedSampler(range(640), num_replicas=2, rank=number, seed=0)
+            sampler = DistributedSampler(range(batches * 32), num_replicas=2, rank=number, seed=0)
             sampler.set_epoch(page["epoch"])
             assert page["samples"] == list(sampler)[page["batch"] * 16 : (page["batch"] + 1) * 16]
     by_step = {page["step"]: page for page in survivor}

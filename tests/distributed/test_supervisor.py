@@ -25,6 +25,12 @@ def active():
 def mark(name): (marks / f"{{name}}{{rank}}").touch()
 def wait_for(pattern, times=1):
     while len(list(marks.glob(pattern))) < times: time.sleep(0.01)
+def mark_pid(): mark(f"{{os.getpid()}}-pid")
+def reaped(rank):
+    "Its process stays in the table until the supervisor has asked for its code."
+    wait_for(f"*-pid{{rank}}")
+    pid, = marks.glob(f"*-pid{{rank}}")
+    while Path("/proc", pid.name.split("-")[0]).exists(): time.sleep(0.01)
 """
 
 
@@ -58,7 +64,9 @@ def test_restarts_end_and_the_others_go_on(tmp_path):
         pytest.param(["wait_for('never')", "sys.exit(5)"], 5, id="nobody had begun"),
         pytest.param(["wait_for('never')", "active(); os.kill(os.getpid(), 9)"], 137, id="the only one that knew"),
         pytest.param(
-            ["active(); wait_for('end1'); sys.exit(4)", "active(); mark('end')"], 4, id="failed after the end"
+            ["active(); mark('there'); reaped(1); sys.exit(4)", "mark_pid(); active(); wait_for('there0')"],
+            4,
+            id="failed after the end",
         ),
         pytest.param(["wait_for('never')", "active(); time.sleep(0.5)"], 0, id="came too late"),
     ],
