@@ -137,6 +137,60 @@ intermediate_values = sa.Table(
     sa.ForeignKeyConstraint(["sweep_id", "number"], ["trials.sweep_id", "trials.number"]),
 )
 
+# Jobs of the executors. A queue is served by one process at a time, which is here as the driver.
+job_queues = sa.Table(
+    "job_queues",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("executor", sa.Text),
+    sa.Column("host", sa.Text),
+    sa.Column("pid", sa.Integer),
+    sa.Column("pid_started", sa.Float),
+    sa.Column("seen_at", sa.Text),
+    # What the driver knows of its nodes (JSON), as of seen_at.
+    sa.Column("nodes", sa.Text),
+)
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("queue", sa.Text, sa.ForeignKey("job_queues.name"), nullable=False),
+    # A job that is submitted again under its key is the same job.
+    sa.Column("key", sa.Text),
+    # What it runs, in a word: jobs of a kind are expected to need alike.
+    sa.Column("kind", sa.Text, nullable=False),
+    # What it runs, by name (JSON); null where that is in the memory of its driver only.
+    sa.Column("work", sa.Text),
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("resources", sa.Text, nullable=False),
+    sa.Column("max_retries", sa.Integer, nullable=False),
+    sa.Column("timeout_s", sa.Float),
+    sa.Column("status", sa.Text, nullable=False),
+    sa.Column("cancel_requested", sa.Boolean, nullable=False),
+    sa.Column("submitted_at", sa.Text, nullable=False),
+    sa.Column("finished_at", sa.Text),
+    sa.Column("result", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.UniqueConstraint("queue", "key"),
+    sa.Index("jobs_by_status", "queue", "status"),
+)
+
+job_attempts = sa.Table(
+    "job_attempts",
+    metadata,
+    sa.Column("job_id", sa.Integer, sa.ForeignKey("jobs.id"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("node", sa.Text, nullable=False),
+    sa.Column("started_at", sa.Text, nullable=False),
+    sa.Column("finished_at", sa.Text),
+    # How it ended: like a job, or lost; null while it runs.
+    sa.Column("status", sa.Text),
+    sa.Column("error", sa.Text),
+    sa.Column("seconds", sa.Float),
+    sa.Column("peak_memory_bytes", sa.BigInteger),
+)
+
 _FIRST = (versions, runs, measurements, scalars, curves)
 
 
@@ -163,6 +217,18 @@ def _add_violations(connection: Connection) -> None:
         connection.execute(sa.text("ALTER TABLE trials ADD COLUMN violation FLOAT"))
 
 
+def _create_jobs(connection: Connection) -> None:
+    for table in (job_queues, jobs, job_attempts):
+        table.create(connection)
+
+
 # Migration i brings schema version i to i + 1. Append; never change one that was released.
-MIGRATIONS = (_create_first_tables, _create_layer_latencies, _create_profiles, _create_sweeps, _add_violations)
+MIGRATIONS = (
+    _create_first_tables,
+    _create_layer_latencies,
+    _create_profiles,
+    _create_sweeps,
+    _add_violations,
+    _create_jobs,
+)
 SCHEMA_VERSION = len(MIGRATIONS)

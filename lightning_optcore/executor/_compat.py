@@ -1,0 +1,26 @@
+"""What Ray lacks: to connect at a loopback address."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def loopback_as_given() -> Iterator[None]:
+    """Let ``ray.init`` connect to a loopback address within the block.
+
+    Where ``address="127.0.0.1:6379"`` is given, Ray 2.60 goes to the machine's outward address, at which a cluster that
+    was started on loopback does not listen, and waits for minutes: "Failed to connect to GCS at address
+    192.0.2.2:6379".
+    """
+    from ray._private import services
+
+    places: Any = services
+    before = places.resolve_ip_for_localhost
+    places.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        places.resolve_ip_for_localhost = before
