@@ -167,14 +167,16 @@ class LocalWorkers:
     def _ended(self, worker: _Worker) -> None:
         try:
             outcome = worker.connection.recv()
-            dead = outcome.status == "out_of_memory" and worker.process.poll() is not None
+            # One that took more memory than it may is about to end itself.
+            spent = outcome.status == "out_of_memory"
         except (EOFError, OSError):
-            outcome, dead = _outcome_of_the_dead(worker), True
+            outcome, spent = _outcome_of_the_dead(worker), True
         with self._lock:
             attempt, worker.attempt = worker.attempt, None
-            if dead:
+            if spent:
                 self._workers.remove(worker)
-        if dead:
+        if spent:
+            _kill(worker)
             worker.connection.close()
         if attempt is not None:
             self._give_gpus_back(attempt)
