@@ -1,4 +1,4 @@
-"""What Ray lacks: to connect at a loopback address."""
+"""What Ray lacks: to connect at a loopback address, and to be told of a token after it was imported."""
 
 from __future__ import annotations
 
@@ -24,3 +24,16 @@ def loopback_as_given() -> Iterator[None]:
         yield
     finally:
         places.resolve_ip_for_localhost = before
+
+
+def read_environment_again() -> None:
+    """Let Ray see the authentication mode and the token that the environment has by now.
+
+    Ray 2.60 reads them when it is imported, the processes that it starts read them later: "Authentication token is
+    missing or incorrect. Note: RAY_AUTH_MODE is currently 'disabled'".
+    """
+    from ray import _raylet
+
+    raylet: Any = _raylet
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()

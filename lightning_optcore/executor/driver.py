@@ -80,6 +80,8 @@ class Driver:
         self._newest = 0
         self._nodes: dict[str, Node] = {}
         self._durations = Durations()
+        # An attempt was lost: which nodes are there is asked before anything starts.
+        self._node_in_doubt = False
         self._changed = threading.Condition()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"optcore-{queue.name}", daemon=True)
@@ -135,7 +137,7 @@ class Driver:
             while not self._closing.is_set():
                 self._take(self._ended())
                 clock = time.monotonic()
-                if clock - looked >= _TICK_S:
+                if clock - looked >= _TICK_S or self._node_in_doubt:
                     looked = clock
                     self._look_at_nodes()
                     self._look_at_jobs(clock)
@@ -223,6 +225,7 @@ class Driver:
             self._durations.add(running.record.work.kind, running.node, outcome.seconds)
         elif outcome.status == "lost":
             tally.lost += 1
+            self._node_in_doubt = True
         elif outcome.status in ("failed", "out_of_memory", "timed_out"):
             tally.failed += 1
 
@@ -277,6 +280,7 @@ class Driver:
     # ---- what runs ----
 
     def _look_at_nodes(self) -> None:
+        self._node_in_doubt = False
         nodes = {node.name: node for node in self.backend.nodes()}
         gone = set(self._nodes) - set(nodes)
         for name in sorted(set(nodes) - set(self._nodes)):

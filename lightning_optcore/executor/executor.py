@@ -6,7 +6,6 @@ import atexit
 import pickle
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,7 +165,8 @@ class Executor:
             except BaseException:
                 self.close()
                 raise
-        _OPEN.add(self)
+        # Registered now, as what is registered last runs first: before Ray's own end.
+        atexit.register(self.close)
 
     def __enter__(self) -> Executor:
         return self
@@ -292,6 +292,7 @@ class Executor:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         if self.driver is not None:
             self.driver.close(abandon=abandon)
         if self._owns_store:
@@ -327,12 +328,3 @@ def estimated(
         # The worst one with some room: a job more is cheaper than a job again.
         return Resources(memory_bytes=int(max(peaks) * _HEADROOM))
     return None if of_work is None else of_work(work)
-
-
-_OPEN: weakref.WeakSet[Executor] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for executor in list(_OPEN):
-        executor.close()

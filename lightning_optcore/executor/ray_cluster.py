@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_optcore.executor._compat import loopback_as_given
+from lightning_optcore.executor._compat import loopback_as_given, read_environment_again
 from lightning_optcore.executor.backend import Node, Tell
 from lightning_optcore.executor.executor import Executor, ExecutorError
+from lightning_optcore.executor.reachability import Address, refused
 from lightning_optcore.executor.resources import Resources
 from lightning_optcore.executor.running import Order, Outcome
 from lightning_optcore.executor.scheduling import Scheduling
@@ -32,6 +35,10 @@ _LOOPBACK = "127.0.0.1"
 # An agent's process has so long to start.
 _AGENT_START_S = 60.0
 _LISTEN_S = 10.0
+# So often in a row nobody must listen at a node's address.
+_REFUSALS = 2
+# What only the head of a cluster has.
+_HEAD = "node:__internal_head__"
 
 
 class RayExecutor(Executor):
@@ -90,16 +97,19 @@ def connect(address: str | None) -> None:
     Raises:
         ExecutorError: If Ray is not installed, or the cluster cannot be used.
     """
-    # Read by Ray when it is imported.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError as error:
         raise ExecutorError("executor=ray needs Ray: pip install 'lightning-optcore[cluster]'") from error
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"namespace": _NAMESPACE, "log_to_driver": True, "logging_level": logging.WARNING}
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+    if address is None and not _has_token():
+        # Ray would leave one in a file that everybody on the machine may read.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    read_environment_again()
+    options: dict[str, Any] = {"namespace": _NAMESPACE, "log_to_driver": False, "logging_level": logging.WARNING}
     try:
         on_loopback = address is None or address.rsplit(":", 1)[0] in (_LOOPBACK, "localhost")
         with loopback_as_given() if on_loopback else contextlib.nullcontext():
@@ -110,6 +120,11 @@ def connect(address: str | None) -> None:
             ray.init(address or "local", **options)
     except Exception as error:
         raise ExecutorError(f"executor.address={address}: {_mended(error)}") from error
+
+
+def _has_token() -> bool:
+    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _mended(error: Exception) -> str:
@@ -133,10 +148,15 @@ class _Known:
     id: str
     name: str
     has: Resources
+    # Of its raylet, Ray's own process on every node.
+    address: Address
     agent: Any
     heard_at: float
     asked: Any = None
     answered: bool = False
+    refusals: int = 0
+    # It lost an attempt: before then nothing is started on it, whatever a process of it still answers.
+    doubted_until: float = -math.inf
     benchmark: float = 1.0
     usage: dict[str, float] = field(default_factory=dict)
 
@@ -156,8 +176,8 @@ class RayCluster:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._tell: Tell = lambda job, attempt, outcome: None
-        # What this driver started or adopted, and was not told of yet.
-        self._open: set[tuple[int, int]] = set()
+        # What this driver started or adopted and was not told of yet, with its node.
+        self._open: dict[tuple[int, int], str] = {}
         self._owner: Any = None
         self._threads: list[threading.Thread] = []
 
@@ -184,7 +204,7 @@ class RayCluster:
         attempt = (order.job, order.attempt)
         with self._lock:
             known = self._known.get(node)
-            self._open.add(attempt)
+            self._open[attempt] = node
         if known is None:
             self._told(attempt, Outcome("lost", error=f"node {node} was lost"))
             return
@@ -201,10 +221,10 @@ class RayCluster:
         if not attempts:
             return []
         known = set(map(tuple, ray.get(self._owner.known.remote(), timeout=30)))
-        found = [(job, number) for job, number, _ in attempts if (job, number) in known]
+        found = {(job, number): node for job, number, node in attempts if (job, number) in known}
         with self._lock:
             self._open.update(found)
-        return found
+        return list(found)
 
     def close(self, *, abandon: bool) -> None:
         """End the actors, and with them what runs."""
@@ -229,13 +249,21 @@ class RayCluster:
 
     def _is_well(self, known: _Known) -> bool:
         patience = self._timeout_s if known.answered else _AGENT_START_S
-        return time.monotonic() - known.heard_at < patience
+        now = time.monotonic()
+        return now >= known.doubted_until and now - known.heard_at < patience
+
+    def _doubt(self, known: _Known) -> None:
+        """Take a node for lost until it answers again, in a while."""
+        known.heard_at, known.answered = -math.inf, True
+        known.doubted_until = time.monotonic() + self._timeout_s
+        known.asked = known.agent.usage.remote()
 
     def _watch(self) -> None:
         """Ask every node, again and again, whether it lives."""
         while not self._closing.wait(self._period_s):
             try:
                 self._find_nodes()
+                self._knock()
                 self._hear_nodes()
             except Exception as error:
                 if not self._closing.is_set():
@@ -272,10 +300,22 @@ class RayCluster:
             Resources(
                 cpu=has.get("CPU", 0.0), memory_bytes=int(has.get("memory", 0)), gpu=has.get("GPU", 0.0), labels=labels
             ),
+            (node["NodeManagerAddress"], int(node["NodeManagerPort"])),
             agent,
             heard_at=time.monotonic(),
             asked=agent.usage.remote(),
         )
+
+    def _knock(self) -> None:
+        """Find the nodes whose raylet is gone: other processes of theirs still answer for seconds."""
+        with self._lock:
+            known = list(self._known.values())
+        gone = refused(one.address for one in known)
+        with self._lock:
+            for one in known:
+                one.refusals = one.refusals + 1 if one.address in gone else 0
+                if one.refusals >= _REFUSALS:
+                    self._doubt(one)
 
     def _hear_nodes(self) -> None:
         import ray
@@ -285,20 +325,34 @@ class RayCluster:
         waiting = {one.asked: one for one in known}
         answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=False)
         for reference in answered:
-            one = waiting[reference]
-            with contextlib.suppress(Exception):
-                one.benchmark, one.usage = ray.get(reference, timeout=1)
-                one.heard_at, one.answered = time.monotonic(), True
-            one.asked = one.agent.usage.remote()
+            one, heard = waiting[reference], True
+            try:
+                benchmark, usage = ray.get(reference, timeout=1)
+            except Exception:
+                heard = False
+            with self._lock:
+                if one.asked is not reference:
+                    continue
+                if heard:
+                    one.benchmark, one.usage, one.heard_at = benchmark, usage, time.monotonic()
+                elif not one.answered:
+                    # It is given the time of the others from now on, not that of a start.
+                    one.heard_at = time.monotonic()
+                one.answered = True
+                one.asked = one.agent.usage.remote()
 
     # ---- attempts ----
 
     def _found_owner(self) -> Any:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         from lightning_optcore.executor.ray_actors import JobOwner
 
-        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+        # With the head, the whole cluster is lost.
+        head = next(one["NodeID"] for one in ray.nodes() if one["Alive"] and _HEAD in one["Resources"])
+        here = NodeAffinitySchedulingStrategy(head, soft=False)
+        options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": here}
         if self.outlives_driver:
             name = f"jobs of {self._queue}"
             options |= {"name": name, "lifetime": "detached", "get_if_exists": True, "namespace": _NAMESPACE}
@@ -315,8 +369,11 @@ class RayCluster:
             except Exception as error:
                 if self._closing.is_set():
                     return
-                self._lose_all(error)
+                if isinstance(error, ray.exceptions.ActorDiedError):
+                    self._lose_all(error)
+                # Until then it only cannot be reached; what was not heard is told again.
                 heard = []
+                self._closing.wait(self._period_s)
                 continue
             heard = [attempt for attempt, _ in told]
             for attempt, outcome in told:
@@ -324,9 +381,11 @@ class RayCluster:
 
     def _told(self, attempt: tuple[int, int], outcome: Outcome) -> None:
         with self._lock:
-            if attempt not in self._open:
+            node = self._open.pop(attempt, None)
+            if node is None:
                 return
-            self._open.discard(attempt)
+            if outcome.status == "lost" and node in self._known:
+                self._doubt(self._known[node])
         self._tell(*attempt, outcome)
 
     def _lose_all(self, error: Exception) -> None:
@@ -336,4 +395,3 @@ class RayCluster:
             self._owner = self._found_owner()
         for attempt in list(self._open):
             self._told(attempt, Outcome("lost", error="the process that owned its task was lost"))
-        self._closing.wait(self._period_s)

@@ -81,7 +81,9 @@ def test_results_come_back_as_they_were(make: MakeExecutor) -> None:
 
 def test_an_error_names_job_and_node_and_where_it_was_raised(make: MakeExecutor) -> None:
     job = make().submit(work_to_do.fail)
-    with pytest.raises(JobFailedError, match=r"(?s)job 1 \(work_to_do:fail\) failed on .*ValueError: no good.*def|raise"):
+    with pytest.raises(
+        JobFailedError, match=r"(?s)job 1 \(work_to_do:fail\) failed on .*ValueError: no good.*def|raise"
+    ):
         job.result(WAIT)
     assert job.attempts == 1
 
@@ -138,7 +140,7 @@ def test_a_running_job_is_cancelled_with_its_children(make: MakeExecutor, tmp_pa
     time.sleep(0.1)
     processes = [psutil.Process(int(pid)) for pid in begun.read_text().split()]
     job.cancel()
-    with pytest.raises(JobCancelledError, match="cancelled on .*: it was cancelled"):
+    with pytest.raises(JobCancelledError, match=r"cancelled on .*: it was cancelled"):
         job.result(WAIT)
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert all(one.status() == psutil.STATUS_ZOMBIE for one in alive)
@@ -166,18 +168,18 @@ def test_time_and_memory_that_run_out_are_told_apart(make: MakeExecutor) -> None
     slow = executor.submit(partial(time.sleep, 60), timeout_s=1.0)
     large = executor.submit(partial(work_to_do.fill, 900), resources={"memory_bytes": 400 * 2**20})
     too_large = executor.submit(partial(bytearray, 10**15))
-    with pytest.raises(JobTimeoutError, match="timed out on .*timeout_s=1"):
+    with pytest.raises(JobTimeoutError, match=r"timed out on .*timeout_s=1"):
         slow.result(WAIT)
-    with pytest.raises(JobOutOfMemoryError, match="resources.memory_bytes=419430400"):
+    with pytest.raises(JobOutOfMemoryError, match=r"resources.memory_bytes=419430400"):
         large.result(WAIT)
-    with pytest.raises(JobOutOfMemoryError, match="MemoryError"):
+    with pytest.raises(JobOutOfMemoryError, match=r"MemoryError"):
         too_large.result(WAIT)
     assert [job.attempts for job in (slow, large, too_large)] == [1, 1, 1]
 
 
 def test_a_process_that_dies_is_no_result_and_no_lost_node(make: MakeExecutor) -> None:
     job = make().submit(partial(work_to_do.end_process, 3))
-    with pytest.raises(JobFailedError, match="its process"):
+    with pytest.raises(JobFailedError, match=r"its process"):
         job.result(WAIT)
     assert job.attempts == 1
 
@@ -199,13 +201,13 @@ def test_more_than_any_node_has_is_said_at_once(make: MakeExecutor) -> None:
 
 def test_wrong_words_are_refused(make: MakeExecutor) -> None:
     executor = make()
-    with pytest.raises(WorkError, match="expected a function, or the words of a command"):
+    with pytest.raises(WorkError, match=r"expected a function, or the words of a command"):
         executor.submit(7)  # type: ignore[arg-type]
-    with pytest.raises(ExecutorError, match="timeout_s=0"):
+    with pytest.raises(ExecutorError, match=r"timeout_s=0"):
         executor.submit(work_to_do.fail, timeout_s=0)
-    with pytest.raises(ExecutorError, match="priority=1.5: expected a whole number"):
+    with pytest.raises(ExecutorError, match=r"priority=1.5: expected a whole number"):
         executor.submit(work_to_do.fail, priority=1.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="scheduling.algorithm='magic': expected priority_based or fifo"):
+    with pytest.raises(ValueError, match=r"scheduling.algorithm='magic': expected priority_based or fifo"):
         make(queue="other", scheduling={"algorithm": "magic"})
 
 
@@ -221,7 +223,7 @@ def test_code_that_is_not_there(make: MakeExecutor) -> None:
         max_retries=3,
         timeout_s=None,
     )
-    with pytest.raises(JobFailedError, match="its code cannot be imported here: .*No module named 'not_here'"):
+    with pytest.raises(JobFailedError, match=r"its code cannot be imported here: .*No module named 'not_here'"):
         JobHandle(executor, number).result(WAIT)
 
 
@@ -256,7 +258,7 @@ def test_a_command_runs_in_a_process_of_its_own(make: MakeExecutor, tmp_path: Pa
     words = ["train", "model.width=4", "model.depth=1", "trainer=cpu", "trainer.max_epochs=1", "report.enabled=false"]
     words += ["measure.rounds=3", "store.path=jobs.db"]
     good, bad = executor.submit(words), executor.submit(["train", "model.widht=4"])
-    with pytest.raises(JobFailedError, match="(?s)exit code 1.*widht"):
+    with pytest.raises(JobFailedError, match=r"(?s)exit code 1.*widht"):
         bad.result(WAIT)
     runs = good.result(2 * WAIT)["runs"]
     with Store(tmp_path / "jobs.db") as store:
@@ -293,7 +295,7 @@ def test_two_executors_of_one_queue_have_one_driver(make: MakeExecutor, tmp_path
     slow.cancel()
     with pytest.raises(JobCancelledError):
         slow.result(WAIT)
-    with pytest.raises(ExecutorError, match="driven by another process, which cannot be handed"):
+    with pytest.raises(ExecutorError, match=r"driven by another process, which cannot be handed"):
         other.submit(lambda: 1)
 
 
@@ -301,7 +303,7 @@ def test_leaving_the_block_waits_and_a_closed_one_takes_nothing(make: MakeExecut
     with make() as executor:
         job = executor.submit(partial(work_to_do.note, str(tmp_path), "a", 0.5))
     assert len(work_to_do.notes(tmp_path)) == 2
-    with pytest.raises(ExecutorError, match="this executor is closed"):
+    with pytest.raises(ExecutorError, match=r"this executor is closed"):
         executor.submit(work_to_do.fail)
     with make() as again:
         assert {one.id: one.status for one in again.jobs()} == {job.id: "done"}
