@@ -70,10 +70,12 @@ class Driver:
         self.queue, self.backend, self.scheduling = queue, backend, scheduling
         # What was returned and has no word in JSON, by job, for handles in this process.
         self.values: dict[int, bytes] = {}
+        # The jobs that ended under this driver.
+        self.over: set[int] = set()
         self.failure: BaseException | None = None
         self.tallies: dict[str, NodeTally] = {}
         self._inbox: queues.SimpleQueue[tuple[int, int, Outcome] | None] = queues.SimpleQueue()
-        self._waiting: dict[int, JobRecord] = {}
+        self._waiting: dict[int, tuple[JobRecord, Waiting]] = {}
         self._running: dict[int, _Running] = {}
         # What runs cannot be told by name only: it comes from who submits it, in this process.
         self._work: dict[int, Work] = {}
@@ -176,8 +178,9 @@ class Driver:
             self._tally(running, one.outcome)
             if one.again:
                 log.info("job %d (%s) waits again: %s", one.job, running.record.work.kind, _line(one.outcome.error))
-                self._waiting[one.job] = self.queue.job(one.job)
+                self._let_wait(self.queue.job(one.job))
             else:
+                self.over.add(one.job)
                 self._work.pop(one.job, None)
                 if one.outcome.value is not None:
                     self.values[one.job] = one.outcome.value
@@ -234,19 +237,27 @@ class Driver:
         for record in self.queue.jobs(after=self._newest):
             self._newest = max(self._newest, record.id)
             if record.status == "queued":
-                self._waiting[record.id] = record
+                self._let_wait(record)
+
+    def _let_wait(self, record: JobRecord) -> None:
+        submitted = datetime.fromisoformat(record.submitted_at).timestamp()
+        rank = self.scheduling.rank(record.priority, submitted)
+        avoids = frozenset(one.node for one in record.attempts if self._avoids(one.status))
+        self._waiting[record.id] = record, Waiting(record.id, rank, record.resources, submitted, avoids)
 
     def _start_what_fits(self) -> None:
         if not self._waiting:
             return
-        chosen = starts(self._as_waiting(), self._offers(), self.scheduling)
-        begin = [(job, len(self._waiting[job].attempts) + 1, node) for job, node in chosen]
+        waiting = [one for _, one in self._waiting.values()]
+        chosen = starts(waiting, self._offers(), self.scheduling, time.time())
+        begin = [(job, len(self._waiting[job][0].attempts) + 1, node) for job, node in chosen]
         if not begin:
             return
         begun = set(self.queue.start(begin))
         for job, attempt, node in begin:
-            record = self._waiting.pop(job)
+            record, _ = self._waiting.pop(job)
             if job not in begun:
+                self.over.add(job)
                 continue
             needs = record.resources
             self._running[job] = _Running(record, attempt, node, needs, time.monotonic())
@@ -259,15 +270,6 @@ class Driver:
                 search_path=tuple(path for path in sys.path if path),
             )
             self.backend.start(order, needs, node)
-
-    def _as_waiting(self) -> list[Waiting]:
-        clock, found = time.time(), []
-        for record in self._waiting.values():
-            submitted = datetime.fromisoformat(record.submitted_at).timestamp()
-            avoids = frozenset(one.node for one in record.attempts if self._avoids(one.status))
-            rank = self.scheduling.rank(record.priority, submitted)
-            found.append(Waiting(record.id, rank, record.resources, clock - submitted, avoids))
-        return found
 
     def _offers(self) -> list[Offer]:
         fast = speeds({node.name: node.benchmark for node in self._nodes.values()}, self._durations.seconds)
@@ -301,11 +303,11 @@ class Driver:
             self._kill(job, "cancelled", clock)
         if self._waiting:
             # Of those that wait, some may have been cancelled by another process.
-            for job, status in self.queue.statuses(list(self._waiting)).items():
-                if status != "queued":
-                    del self._waiting[job]
-                    with self._changed:
-                        self._changed.notify_all()
+            for job in set(self._waiting) - set(self.queue.waiting()):
+                del self._waiting[job]
+                self.over.add(job)
+            with self._changed:
+                self._changed.notify_all()
         for one in list(self._running.values()):
             limit = one.record.timeout_s
             if limit is not None and clock - one.since > limit:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import math
 import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_optcore.executor.backend import Backend
 from lightning_optcore.executor.driver import Driver, check_fits
@@ -18,8 +20,13 @@ from lightning_optcore.executor.scheduling import Scheduling
 from lightning_optcore.executor.work import Work, work_of
 from lightning_optcore.store import Store
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 # How often a handle looks into the store, of a queue that another process drives.
 _POLL_S = 0.1
+# So often at least, of one that is driven here.
+_LOOK_S = 2.0
 _HEADROOM = 1.2
 
 
@@ -158,6 +165,9 @@ class Executor:
         self._submitted: list[JobHandle] = []
         self.driver: Driver | None = None
         self._closed = False
+        self._held = ExitStack()
+        if self._owns_store:
+            self._held.enter_context(self.store.held_open())
         if self.queue.lead(backend.name):
             self.driver = Driver(self.queue, backend, scheduling)
             try:
@@ -168,7 +178,7 @@ class Executor:
         # Registered now, as what is registered last runs first: before Ray's own end.
         atexit.register(self.close)
 
-    def __enter__(self) -> Executor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -244,9 +254,14 @@ class Executor:
         """
         end = None if timeout is None else time.monotonic() + timeout
         open_still = {handle.id: handle for handle in handles}
+        looked = -math.inf
         while open_still:
-            statuses = self.queue.statuses(open_still)
-            open_still = {id: one for id, one in open_still.items() if statuses.get(id) in ("queued", "running")}
+            if self.driver is None or time.monotonic() - looked > _LOOK_S:
+                looked = time.monotonic()
+                statuses = self.queue.statuses(open_still)
+                open_still = {id: one for id, one in open_still.items() if statuses.get(id) in ("queued", "running")}
+            else:
+                open_still = {id: one for id, one in open_still.items() if id not in self.driver.over}
             if not open_still or (end is not None and time.monotonic() >= end):
                 break
             left = 1.0 if end is None else max(0.0, min(1.0, end - time.monotonic()))
@@ -295,6 +310,7 @@ class Executor:
         atexit.unregister(self.close)
         if self.driver is not None:
             self.driver.close(abandon=abandon)
+        self._held.close()
         if self._owns_store:
             self.store.close()
         if self._temporary is not None:

@@ -247,6 +247,13 @@ class JobQueue:
         with self.store.reading() as connection:
             return {int(number): status for number, status in connection.execute(query)}
 
+    def waiting(self) -> list[int]:
+        """Return the jobs that wait."""
+        table = tables.jobs
+        query = sa.select(table.c.id).where(table.c.queue == self.name, table.c.status == "queued")
+        with self.store.reading() as connection:
+            return [int(number) for number in connection.execute(query).scalars()]
+
     def start(self, starts: Sequence[tuple[int, int, str]]) -> list[int]:
         """Write which attempts begin, as job, number and node; return the jobs that do: others have been cancelled."""
         begun = []

@@ -62,14 +62,14 @@ class Waiting:
         id: Its number.
         rank: See :meth:`Scheduling.rank`.
         needs: What it takes.
-        waited_s: Seconds since it was submitted.
+        submitted_at: Seconds since the epoch.
         avoids: Nodes on which it shall not run, as it failed there.
     """
 
     id: int
     rank: float
     needs: Resources
-    waited_s: float = 0.0
+    submitted_at: float = 0.0
     avoids: frozenset[str] = frozenset()
 
 
@@ -90,11 +90,19 @@ class Offer:
     speed: float = 1.0
 
 
-def starts(waiting: Iterable[Waiting], offers: Sequence[Offer], scheduling: Scheduling) -> list[tuple[int, str]]:
+def starts(
+    waiting: Iterable[Waiting], offers: Sequence[Offer], scheduling: Scheduling, clock: float = 0.0
+) -> list[tuple[int, str]]:
     """Return which jobs start now, and where, in the order of starting.
 
     No job starts while one before it fits: it would have been started first. A job that fits nowhere does not hold up
     others that do, until a node is reserved for it.
+
+    Args:
+        waiting: The jobs.
+        offers: The nodes.
+        scheduling: How jobs are ordered and spread.
+        clock: The time, in seconds since the epoch.
 
     Example:
         >>> jobs = [Waiting(1, rank=5.0, needs=Resources(cpu=1)), Waiting(2, rank=0.0, needs=Resources(cpu=2))]
@@ -126,7 +134,7 @@ def starts(waiting: Iterable[Waiting], offers: Sequence[Offer], scheduling: Sche
             chosen.append((job.id, node.name))
             continue
         hopeless.add(shape)
-        if may_reserve and job.waited_s >= scheduling.reserve_after_s:
+        if may_reserve and clock - job.submitted_at >= scheduling.reserve_after_s:
             able = [one for one in by_name.values() if one.name not in job.avoids and job.needs.fits(one.has)]
             if able:
                 # The one from which least is still to be given back.

@@ -18,7 +18,7 @@ def node(name: str, cpu: float = 4, memory: int = 0, gpu: float = 0, free: float
 
 
 def job(id: int, rank: float = 0.0, waited: float = 0.0, avoids: tuple[str, ...] = (), **needs):
-    return Waiting(id, rank, Resources(**needs), waited, frozenset(avoids))
+    return Waiting(id, rank, Resources(**needs), -waited, frozenset(avoids))
 
 
 def test_no_lower_one_starts_while_a_higher_one_that_fits_waits():
