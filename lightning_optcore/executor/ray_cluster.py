@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -103,6 +104,8 @@ def connect(address: str | None) -> None:
         raise ExecutorError("executor=ray needs Ray: pip install 'lightning-optcore[cluster]'") from error
     if ray.is_initialized():
         return
+    if address not in (None, "auto"):
+        _check_somebody_listens(str(address))
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
     if address is None and not _has_token():
@@ -120,6 +123,20 @@ def connect(address: str | None) -> None:
             ray.init(address or "local", **options)
     except Exception as error:
         raise ExecutorError(f"executor.address={address}: {_mended(error)}") from error
+
+
+def _check_somebody_listens(address: str) -> None:
+    """Refuse at once where Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ExecutorError(f"executor.address={address!r}: expected host:port, or auto")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ExecutorError(f"executor.address={address}: {error.strerror}") from error
+    places = {(str(place[4][0]), int(port)) for place in found}
+    if refused(places, seconds=5.0) == places:
+        raise ExecutorError(f"executor.address={address}: nobody listens there; start the cluster's head first")
 
 
 def _has_token() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -32,6 +33,13 @@ HERE = Path(__file__).parent
 def nodes() -> Iterator[SimulatedCluster]:
     """A head that holds two small jobs."""
     with cluster(num_cpus=2, memory=2 * GIGABYTE, labels={"node_id": "head", "role": "head"}) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def calm() -> Iterator[SimulatedCluster]:
+    """One node, to which nothing happens."""
+    with cluster(num_cpus=1) as made:
         yield made
 
 
@@ -274,11 +282,11 @@ print("a job ran:", ray.get(ray.remote(pow).remote(2, 3)))
 """
 
 
-def test_without_the_token_no_job_runs(nodes: SimulatedCluster) -> None:
-    foreign = run_without_a_token(nodes.address, FOREIGN)
+def test_without_the_token_no_job_runs(calm: SimulatedCluster) -> None:
+    foreign = run_without_a_token(calm.address, FOREIGN)
     assert foreign.returncode != 0 and "a job ran" not in foreign.stdout
     ours = "import sys; from lightning_optcore.executor import RayExecutor; RayExecutor(sys.argv[1])"
-    refused = run_without_a_token(nodes.address, ours)
+    refused = run_without_a_token(calm.address, ours)
     assert "the cluster wants its token: set RAY_AUTH_TOKEN" in refused.stderr
     assert os.environ["RAY_AUTH_TOKEN"] not in refused.stderr + refused.stdout
 
@@ -297,18 +305,32 @@ def test_it_listens_on_loopback_only(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert not (Path.home() / ".ray" / "auth_token").exists() and "Ray has not been started" not in found.stderr
 
 
-def test_the_reason_why_a_cluster_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
+def test_a_cluster_of_another_version_is_named(calm: SimulatedCluster) -> None:
+    from ray._common.usage import usage_constants
+    from ray._private import ray_constants
+    from ray._raylet import GcsClient
 
-    assert not ray.is_initialized()
-    mismatch = RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.54.0\n    Python: 3.11.7")
+    place = {"namespace": ray_constants.KV_NAMESPACE_CLUSTER}
+    client = GcsClient(address=calm.address)
+    told = json.loads(client.internal_kv_get(usage_constants.CLUSTER_METADATA_KEY, **place))
+    other = json.dumps({**told, "ray_version": "2.54.0"}).encode()
+    client.internal_kv_put(usage_constants.CLUSTER_METADATA_KEY, other, True, **place)
+    try:
+        with pytest.raises(
+            ExecutorError, match=r"runs another version of Ray .*\(Ray 2\..*started with: Ray: 2\.54\.0"
+        ):
+            RayExecutor(calm.address)
+    finally:
+        client.internal_kv_put(usage_constants.CLUSTER_METADATA_KEY, json.dumps(told).encode(), True, **place)
 
-    def other_version(*args: Any, **kwargs: Any) -> None:
-        raise mismatch
 
-    monkeypatch.setattr(ray, "init", other_version)
-    with pytest.raises(ExecutorError, match=r"address=127\.0\.0\.1:1: the cluster runs another version of Ray.*2\.54"):
-        connect("127.0.0.1:1")
+def test_nobody_is_there_or_ray_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    with pytest.raises(ExecutorError, match=r"executor\.address=127\.0\.0\.1:1: nobody listens there"):
+        RayExecutor("127.0.0.1:1")
+    assert time.monotonic() - began < 5
+    with pytest.raises(ExecutorError, match=r"executor\.address='here': expected host:port, or auto"):
+        RayExecutor("here")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ExecutorError, match=r"needs Ray: pip install 'lightning-optcore\[cluster\]'"):
         connect("127.0.0.1:1")
