@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_optcore.executor import Executor, LocalExecutor, RayExecutor
-from lightning_optcore.executor.ray_cluster import connect
+from lightning_optcore.executor.ray_connection import connect
 
 ON_LOOPBACK = {"node_ip_address": "127.0.0.1"}
 

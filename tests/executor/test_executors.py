@@ -41,9 +41,9 @@ def ray_here() -> Iterator[None]:
     with_token()
     import ray
 
-    from lightning_optcore.executor import ray_cluster
+    from lightning_optcore.executor import ray_connection
 
-    ray_cluster.connect(None)
+    ray_connection.connect(None)
     yield
     ray.shutdown()
 

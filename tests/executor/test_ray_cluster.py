@@ -21,7 +21,7 @@ import work_to_do
 from clusters import SimulatedCluster, cluster
 
 from lightning_optcore.executor import Executor, ExecutorError, JobFailedError, JobHandle, JobLostError, RayExecutor
-from lightning_optcore.executor.ray_cluster import connect
+from lightning_optcore.executor.ray_connection import connect
 
 pytestmark = pytest.mark.xdist_group("ray")
 WAIT = 120
