@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import queue as queues
 import sys
 import threading
@@ -28,6 +29,8 @@ _TICK_S = 0.25
 # Of a job that was killed and does not end, the node's resources are counted as free after so many seconds.
 _KILL_GRACE_S = 15.0
 _THROUGHPUT_WINDOW_S = 60.0
+# So long the store may refuse to be written.
+_STORE_PATIENCE_S = 120.0
 
 
 @dataclass
@@ -82,6 +85,10 @@ class Driver:
         self._newest = 0
         self._nodes: dict[str, Node] = {}
         self._durations = Durations()
+        # What was told of and is not in the store yet.
+        self._told: list[tuple[int, int, Outcome]] = []
+        self._looked = -math.inf
+        self._leads = True
         # An attempt was lost: which nodes are there is asked before anything starts.
         self._node_in_doubt = False
         self._changed = threading.Condition()
@@ -135,22 +142,35 @@ class Driver:
 
     def _run(self) -> None:
         try:
-            looked = 0.0
+            worked = time.monotonic()
             while not self._closing.is_set():
-                self._take(self._ended())
-                clock = time.monotonic()
-                if clock - looked >= _TICK_S or self._node_in_doubt:
-                    looked = clock
-                    self._look_at_nodes()
-                    self._look_at_jobs(clock)
-                self._admit()
-                self._start_what_fits()
+                try:
+                    self._once()
+                    worked = time.monotonic()
+                except StoreError as error:
+                    # A disk that is full or a server that starts again may be mended; nothing is forgotten meanwhile.
+                    if not self._leads or time.monotonic() - worked > _STORE_PATIENCE_S:
+                        raise
+                    log.warning("the queue %r is tried again: %s", self.queue.name, error)
+                    self._closing.wait(1.0)
         except BaseException as error:
             self.failure = error
             log.exception("the driver of queue %r ended", self.queue.name)
         finally:
             with self._changed:
                 self._changed.notify_all()
+
+    def _once(self) -> None:
+        self._told += self._ended()
+        self._take(self._told)
+        self._told = []
+        clock = time.monotonic()
+        if clock - self._looked >= _TICK_S or self._node_in_doubt:
+            self._look_at_nodes()
+            self._look_at_jobs(clock)
+            self._looked = clock
+        self._admit()
+        self._start_what_fits()
 
     def _ended(self) -> list[tuple[int, int, Outcome]]:
         found = []
@@ -164,30 +184,38 @@ class Driver:
             return found
 
     def _take(self, told: Iterable[tuple[int, int, Outcome]]) -> None:
-        ended = []
+        by_job: dict[int, Ended] = {}
         for job, attempt, outcome in told:
             running = self._running.get(job)
-            if running is None or running.attempt != attempt:
+            if running is None or running.attempt != attempt or job in by_job:
                 continue
             judged = self._judged(running, outcome)
-            ended.append(Ended(job, attempt, judged, self._again(running, judged)))
-        if not ended:
+            by_job[job] = Ended(job, attempt, judged, self._again(running, judged))
+        if not by_job:
             return
-        for one in self.queue.end(ended):
-            running = self._running[one.job]
-            self._tally(running, one.outcome)
-            if one.again:
-                log.info("job %d (%s) waits again: %s", one.job, running.record.work.kind, _line(one.outcome.error))
-                self._let_wait(self.queue.job(one.job))
-            else:
+        ended = list(by_job.values())
+        for one in ended:
+            # Before anybody can read that it is done.
+            if one.outcome.value is not None and not one.again:
+                self.values[one.job] = one.outcome.value
+        taken = {one.job for one in self.queue.end(ended)}
+        for one in ended:
+            running = self._running.pop(one.job)
+            if one.job in taken:
+                self._tally(running, one.outcome)
+            if not self._waits_again(one.job):
                 self.over.add(one.job)
                 self._work.pop(one.job, None)
-                if one.outcome.value is not None:
-                    self.values[one.job] = one.outcome.value
-        for one in ended:
-            del self._running[one.job]
+            elif one.job in taken:
+                log.info("job %d (%s) waits again: %s", one.job, running.record.work.kind, _line(one.outcome.error))
         with self._changed:
             self._changed.notify_all()
+
+    def _waits_again(self, job: int) -> bool:
+        record = self.queue.job(job)
+        if record.status == "queued":
+            self._let_wait(record)
+        return record.status == "queued"
 
     def _again(self, running: _Running, outcome: Outcome) -> bool:
         """Whether a job is to be tried again, as its node was at fault."""
@@ -256,7 +284,7 @@ class Driver:
         begun = set(self.queue.start(begin))
         for job, attempt, node in begin:
             record, _ = self._waiting.pop(job)
-            if job not in begun:
+            if job not in begun and self.queue.job(job).status != "running":
                 self.over.add(job)
                 continue
             needs = record.resources
@@ -298,6 +326,7 @@ class Driver:
 
     def _look_at_jobs(self, clock: float) -> None:
         if not self.queue.seen([self._told_of_node(node, clock) for node in self._nodes.values()]):
+            self._leads = False
             raise StoreError(f"queue {self.queue.name!r}: another process took it over, as this one was silent")
         for job in self.queue.to_cancel():
             self._kill(job, "cancelled", clock)

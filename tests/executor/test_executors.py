@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lightning_optcore.executor import (
     WorkError,
 )
 from lightning_optcore.executor.work import Work
-from lightning_optcore.store import Store
+from lightning_optcore.store import Store, StoreError
 
 pytestmark = pytest.mark.xdist_group("ray")
 WAIT = 90
@@ -317,3 +318,23 @@ def test_nodes_tell_what_they_have_and_did(make: MakeExecutor) -> None:
     (node,) = executor.nodes()
     assert (node["finished"], node["failed"], node["lost"], node["running"]) == (3, 1, 0, 0)
     assert node["has"]["cpu"] == 2 and 0 < node["usage"]["memory_percent"] < 100 and node["per_minute"] == 3
+
+
+def test_a_store_that_cannot_be_written_for_a_while_loses_nothing(tmp_path: Path) -> None:
+    """Another program holds the file: every write fails until it lets go."""
+    with LocalExecutor({"cpu": 1}, store=tmp_path / "jobs.db") as executor:
+        job = executor.submit(partial(work_to_do.note, str(tmp_path), "a", 1.0))
+        while not work_to_do.notes(tmp_path):
+            time.sleep(0.02)
+        refuse = executor.store.writing
+
+        @contextmanager
+        def refused(**options: Any) -> Iterator[Any]:
+            raise StoreError("the disk is full")
+            yield
+
+        executor.store.writing = refused  # type: ignore[method-assign]
+        time.sleep(2.0)
+        executor.store.writing = refuse  # type: ignore[method-assign]
+        assert job.result(WAIT) == "a" and job.attempts == 1
+        assert executor.submit(partial(pow, 2, 2)).result(WAIT) == 4
