@@ -34,8 +34,9 @@ def connect(address: str | None) -> None:
         return
     if address not in (None, "auto"):
         _check_somebody_listens(str(address))
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Nothing of this cluster is told to anybody.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address is None and not _has_token():
         # Ray would leave one in a file that everybody on the machine may read.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
