@@ -97,7 +97,8 @@ def main() -> None:
     digits.setup()
     samples = given.batches * 16 * given.devices
     images, labels = digits.train_set[:samples]
-    train = DataLoader(TensorDataset(images, labels, torch.arange(samples)), 16, shuffle=True, num_workers=given.workers)
+    train_set = TensorDataset(images, labels, torch.arange(samples))
+    train = DataLoader(train_set, 16, shuffle=True, num_workers=given.workers)
     val = DataLoader(TensorDataset(*digits.val_set[:100], torch.arange(100)), 32)
     checkpoint = ModelCheckpoint(given.folder / "checkpoints", monitor="val/acc", mode="max", save_last=True)
     elastic = ElasticDDPStrategy(max_restarts=given.max_restarts, timeout=given.timeout)
