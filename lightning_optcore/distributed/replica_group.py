@@ -134,8 +134,8 @@ def _settle(group: weakref.ref[ReplicaGroup]) -> None:
     """Before a fork, wait until gloo's threads have let go of the tensors of the collectives that are done.
 
     To do so they become Python threads for a moment, under a lock. A child that is forked in that moment, as a worker
-    of a DataLoader may be, waits for this lock for ever: https://github.com/python/cpython/issues/112275, mended in
-    CPython 3.12 and in the last releases of older ones.
+    of a DataLoader may be, waits for this lock for ever, before CPython 3.12:
+    https://github.com/python/cpython/issues/112275.
     """
     end = time.monotonic() + _SETTLE_SECONDS
     while (one := group()) and any(lent() is not None for lent in one._lent) and time.monotonic() < end:
