@@ -7,11 +7,7 @@ it cannot change its members.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,13 +33,13 @@ from torchmetrics import Metric
 
 from lightning_optcore.distributed.flat_sums import flat_sums, put_back
 from lightning_optcore.distributed.in_step import Beginning, get_in_step, in_step
+from lightning_optcore.distributed.orphans import end_with_parent, take_forks_along
 from lightning_optcore.distributed.replica_group import ReplicaGroup, packed, unpacked
 from lightning_optcore.distributed.supervisor import LIGHTHOUSE, STORE, Start, SupervisorLauncher, active_key, supervise
 
 T = TypeVar("T")
 # Key of what Lightning's checkpoints leave out.
 _IN_STEP = "optcore_in_step"
-_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>; torchft is for Linux only
 # A process is one replica, however many Trainers it makes.
 _PROCESS: dict[str, Any] = {}
 
@@ -188,8 +184,9 @@ class ElasticDDPStrategy(ParallelStrategy):
             host, port = os.environ[STORE].rsplit(":", 1)
             # Generous: rank 0 may prepare data for a long time, and the supervisor sees who dies.
             store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(hours=24))
-            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-            os.register_at_fork(after_in_child=partial(_die_with, os.getpid(), ctypes.CDLL(None).prctl))
+            # Nobody is left then who knows who is alive.
+            end_with_parent()
+            take_forks_along()
             _PROCESS["store"] = store
             _PROCESS["start"] = Start(PrefixStore("start", store), self.global_rank, self.num_processes)
             _PROCESS["group"] = ReplicaGroup(
@@ -415,23 +412,6 @@ def _catches_up() -> bool:
 def _is_together() -> bool:
     group = _PROCESS.get("group")
     return group is not None and group.joined and not _catches_up()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when its supervisor has ended: nobody is left who knows who is alive."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _die_with(replica: int, prctl: Callable[[int, int], int]) -> None:
-    """Kill this forked process, a worker of a DataLoader, at once when its replica dies.
-
-    It has inherited the connections to the other replicas: as long as it lives, they wait for an answer.
-    """
-    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != replica:
-        os._exit(1)
 
 
 @contextmanager

@@ -14,10 +14,12 @@ import os
 import socket
 import time
 import uuid
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,6 +31,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 _LOST = (RuntimeError, TimeoutError)
 _ATTEMPTS = 10
 _HEARTBEAT_SECONDS = 0.1
+_SETTLE_SECONDS = 1.0  # only a fork in the middle of a collective, by another thread, waits so long
 
 
 class OutOfStepError(Exception):
@@ -127,6 +130,18 @@ def unpacked(data: Tensor) -> Any:
     return torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
+def _settle(group: weakref.ref[ReplicaGroup]) -> None:
+    """Before a fork, wait until gloo's threads have let go of the tensors of the collectives that are done.
+
+    To do so they become Python threads for a moment, under a lock. A child that is forked in that moment, as a worker
+    of a DataLoader may be, waits for this lock for ever, before CPython 3.12:
+    https://github.com/python/cpython/issues/112275.
+    """
+    end = time.monotonic() + _SETTLE_SECONDS
+    while (one := group()) and any(lent() is not None for lent in one._lent) and time.monotonic() < end:
+        time.sleep(1e-4)
+
+
 class ReplicaGroup:
     """The replicas that train one model, as one of them sees it.
 
@@ -176,6 +191,8 @@ class ReplicaGroup:
         self._joining = True
         self._agreed = False
         self._kept: list[Tensor] = []
+        self._lent: list[weakref.ref[Tensor]] = []
+        os.register_at_fork(before=partial(_settle, weakref.ref(self)))
 
     @property
     def joined(self) -> bool:
@@ -228,7 +245,7 @@ class ReplicaGroup:
         def collective(link: Any) -> list[Tensor]:
             head = torch.tensor([zlib.crc32(name.encode()), data.numel(), self.since])
             heads = [torch.empty_like(head) for _ in self.ranks]
-            link.allgather([heads], [head]).wait()
+            link.allgather([[self._lend(one) for one in heads]], [self._lend(head)]).wait()
             names, sizes, sinces = torch.stack(heads).T.tolist()
             if len(set(names)) > 1:
                 told = f"rank {self.rank} does {name!r}, and others do not"
@@ -238,7 +255,7 @@ class ReplicaGroup:
             mine[: data.numel()] = data
             gathered = [torch.empty_like(mine) for _ in self.ranks]
             if max(sizes):
-                link.allgather([gathered], [mine]).wait()
+                link.allgather([[self._lend(one) for one in gathered]], [self._lend(mine)]).wait()
             return [one[:size].clone() for one, size in zip(gathered, sizes, strict=True)]
 
         return self._complete(name, collective)
@@ -255,10 +272,16 @@ class ReplicaGroup:
         def collective(link: Any) -> list[Tensor]:
             summed = tensors(self.leads)
             for tensor in summed:
-                link.allreduce([tensor]).wait()
+                link.allreduce([self._lend(tensor)]).wait()
             return summed
 
         return self._complete(name, collective, admits=admits)
+
+    def _lend(self, tensor: Tensor) -> Tensor:
+        """Return another name of a tensor for gloo, which alone holds it: it is gone when gloo's thread has let go."""
+        lent = tensor.detach()
+        self._lent.append(weakref.ref(lent))
+        return lent
 
     def _complete(self, name: str, collective: Callable[[Any], list[Tensor]], *, admits: bool = False) -> list[Tensor]:
         # One who just took a result of another's has asked for this collective already.
@@ -277,6 +300,7 @@ class ReplicaGroup:
                 asks = True
                 self._check(attempt, error)
         self.completed += 1
+        self._lent = [lent for lent in self._lent if lent() is not None]
         return self._kept
 
     def _check(self, failures: int, error: Exception) -> None:

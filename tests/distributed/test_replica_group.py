@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -124,6 +127,43 @@ def test_members_come_and_go(lighthouse):
     assert again.joined.result(20) == {"begins": False, "of": 1}
     assert again.group.completed == second.group.completed
     assert again.sum(1.0, admits=True).result(20)[0].tolist() == [8.0, 1.0] == alone.result(20)[0].tolist()
+
+
+def thread_states() -> int:
+    """Return how many threads Python has known so far, with the one that this starts."""
+    states: list[int] = []
+    python = ctypes.pythonapi
+    python.PyThreadState_Get.restype, python.PyThreadState_GetID.restype = ctypes.c_void_p, ctypes.c_uint64
+
+    def ask() -> None:
+        states.append(python.PyThreadState_GetID(ctypes.c_void_p(python.PyThreadState_Get())))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return states[0]
+
+
+def test_gloo_makes_no_python_thread_during_a_fork(lighthouse):
+    """The child would inherit the lock that this takes."""
+    forked: list[int] = []
+    forks = True
+    # Of these, what is registered first is called last.
+    os.register_at_fork(before=lambda: forked.append(thread_states()) if forks else None)
+    replicas = [Thread(rank, 2, lighthouse) for rank in (0, 1)]
+    for replica in replicas:
+        replica.joined.result(20)
+    for _ in range(20):
+        other = replicas[1].sum(1.0)
+        replicas[0].group.sum("sum", lambda leads: [torch.ones(2)])
+        other.result(20)
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        time.sleep(0.005)
+        assert thread_states() == forked[-1] + 1
+    forks = False
 
 
 def test_who_missed_a_result_is_given_it(lighthouse):
