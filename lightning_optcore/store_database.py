@@ -37,9 +37,10 @@ _SERVER_DEFAULTS: dict[str, int | str] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
+# Hydra writes a backslash before colons and equals signs of an override, and JSON two.
 _PASSWORDS = (
-    re.compile(r"(postgres(?:ql)?(?:\+\w+)?://[^\s:/@]*:)[^\s'\"]+(?=@)"),
-    re.compile(r"(postgres(?:ql)?(?:\+\w+)?://\S*[?&](?:ssl)?password=)[^&\s'\"]+"),
+    re.compile(r"(postgres(?:ql)?(?:\+\w+)?\\*://[^\s:/@]*:)[^\s'\"]+(?=@)"),
+    re.compile(r"(postgres(?:ql)?(?:\+\w+)?\\*://\S*[?&](?:ssl)?password\\*=)[^&\s'\"]+"),
 )
 _BUSY = ("starting up", "shutting down", "too many", "connection slots")
 _REFUSED_FOR_GOOD = ("authentication failed", "no password supplied", "does not exist", "pg_hba.conf")

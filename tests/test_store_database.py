@@ -248,6 +248,8 @@ def test_other_databases_and_what_is_no_url_are_refused(url):
         ("postgresql://me:se/c:r@t@host:5432/runs", "postgresql://me:***@host:5432/runs"),
         ("postgresql+psycopg://:secret@host/runs", "postgresql+psycopg://:***@host/runs"),
         ("postgres://host/runs?user=me&password=secret&x=1", "postgres://host/runs?user=me&password=***&x=1"),
+        (r"postgresql\://me\:secret@host\:5432/runs", r"postgresql\://me\:***@host\:5432/runs"),
+        (r"postgresql\\://me@host/runs?password\\=secret", r"postgresql\\://me@host/runs?password\\=***"),
         ('["postgresql://me:secret@host/runs", "a=b@c"]', '["postgresql://me:***@host/runs", "a=b@c"]'),
         ('["postgresql://host:5432/runs", "a=b@c"]', '["postgresql://host:5432/runs", "a=b@c"]'),
         ("https://me:secret@host is no database", "https://me:secret@host is no database"),
