@@ -182,7 +182,7 @@ class Store:
         """
         if status not in STATUSES[1:]:
             raise StoreError(f"status={status!r}: expected one of {', '.join(STATUSES[1:])}")
-        self._set(run_id, {"status": status, "error": error, "finished_at": now()})
+        self._set(run_id, {"status": status, "error": without_passwords(error), "finished_at": now()})
 
     def add_measurement(self, run_id: int, role: str, measurement: Measurement) -> None:
         """Write a measurement as ``"before"`` or ``"after"``; one of the same role is replaced."""

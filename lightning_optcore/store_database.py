@@ -6,18 +6,21 @@ when it writes.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, Connection, Engine, make_url
+
+log = logging.getLogger(__name__)
 
 # Of waiting for other writers, in both databases.
 _BUSY_TIMEOUT_S = 60
@@ -28,7 +31,7 @@ _PATIENCE_S = 60.0
 # Any number, as long as it stays: whoever holds it writes.
 _WRITE_LOCK = 7_143_208_651
 
-_SERVER_DEFAULTS: dict[str, int | str] = {
+_SERVER_DEFAULTS: dict[str, int | str | None] = {
     "application_name": "lightning_optcore",
     "connect_timeout": 10,
     # Tell within a minute that a machine is gone, in place of waiting for its answer for ever.
@@ -36,6 +39,8 @@ _SERVER_DEFAULTS: dict[str, int | str] = {
     "keepalives_interval": 10,
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
+    # A pooler before the server, such as PgBouncer, may send the next transaction elsewhere.
+    "prepare_threshold": None,
 }
 # Hydra writes a backslash before colons and equals signs of an override, and JSON two.
 _PASSWORDS = (
@@ -68,6 +73,16 @@ def without_passwords(value: Texts) -> Texts:
     elif isinstance(value, (list, tuple)):
         shown = [without_passwords(one) for one in value]
     return shown
+
+
+def warn_of_passwords(overrides: Sequence[str]) -> None:
+    """Say where Hydra writes a password that stands on its command line."""
+    given = list(overrides)
+    if without_passwords(given) != given:
+        log.warning(
+            "the store's URL holds a password, which Hydra writes into the folder of every job (.hydra): "
+            "leave it out, and give it as PGPASSWORD or in ~/.pgpass"
+        )
 
 
 class Database:
@@ -252,8 +267,9 @@ def _url_of(target: str) -> URL:
         raise StoreError(f"store.path={without_passwords(target)}: not a URL; {expected}") from error
     if url.drivername in ("postgres", "postgresql"):
         url = url.set(drivername="postgresql+psycopg")
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
-        raise StoreError(f"store.path={url.render_as_string()}: no database that the store knows; {expected}")
+    if url.get_backend_name() != "sqlite" and url.drivername != "postgresql+psycopg":
+        shown = without_passwords(url.render_as_string())
+        raise StoreError(f"store.path={shown}: no database or driver that the store knows; {expected}")
     return url
 
 

@@ -21,7 +21,11 @@ def python(code, *arguments, **options):
 
 
 def waited_for(processes):
-    ends = [process.communicate(timeout=120) for process in processes]
+    try:
+        ends = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0] * len(processes), ends
     return ends
 
@@ -114,8 +118,10 @@ def test_a_server_that_restarts_is_waited_for(postgresql, postgresql_server):
         postgresql_server.stop()
         back = threading.Timer(0.5, postgresql_server.start)
         back.start()
-        second = store.start("train")
-        back.join()
+        try:
+            second = store.start("train")
+        finally:
+            back.join()
         assert {run.id for run in store.runs()} == {first, second}
 
 

@@ -24,7 +24,7 @@ from lightning_optcore.search.grammar import override_text
 from lightning_optcore.search.sampling import Grid
 from lightning_optcore.search.searcher import Searcher
 from lightning_optcore.search.space import Choice, Parameter, Space
-from lightning_optcore.store_database import without_passwords
+from lightning_optcore.store_database import warn_of_passwords, without_passwords
 from lightning_optcore.sweeps.continuation import continuation_of, relaunched, told_of
 from lightning_optcore.sweeps.display import LiveTable
 from lightning_optcore.sweeps.journal import SweepError, SweepRecord, TrialRecord, held_journal
@@ -149,6 +149,8 @@ class Sweep:
             SweepError: If it cannot be resumed, too many trials failed, or none succeeded.
         """
         path = str(self._store_path())
+        hydra = self._config.hydra
+        warn_of_passwords([*_texts(hydra.overrides.task), *_texts(hydra.overrides.hydra)])
         with held_journal(path) as self._journal:
             resumed = self._resumed()
             record = resumed or self._begun()

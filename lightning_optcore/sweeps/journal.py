@@ -197,7 +197,7 @@ class Journal:
 
     def finish(self, sweep_id: int, status: str, error: str | None = None) -> None:
         """Close a sweep as done, failed or interrupted."""
-        values = {"status": status, "error": error, "finished_at": now()}
+        values = {"status": status, "error": without_passwords(error), "finished_at": now()}
         with self._store.writing() as connection:
             connection.execute(sa.update(tables.sweeps).where(tables.sweeps.c.id == sweep_id).values(values))
 
@@ -334,7 +334,7 @@ class Journal:
         values = {
             "status": status or ("failed" if failure is not None else "done"),
             "objectives": None if objectives is None else json.dumps(list(objectives)),
-            "failure": failure,
+            "failure": without_passwords(failure),
             "violation": violation or None,
             "cached_from": cached_from,
             "finished_at": now(),

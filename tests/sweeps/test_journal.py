@@ -41,7 +41,11 @@ def at_once(code, *arguments, count=4):
     """Run a program several times at once, and return what each printed."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
-    printed = [process.communicate(timeout=120)[0].strip() for process in processes]
+    try:
+        printed = [process.communicate(timeout=120)[0].strip() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0] * count, printed
     return printed
 
@@ -114,40 +118,47 @@ def _given_to(journal, sweep_id, pid):
         connection.execute(query, {"pid": pid, "started": started, "id": sweep_id})
 
 
+# Lets the processes of a round begin it together, and end only after it: an owner that ended is no owner.
+_TOGETHER = (
+    "import os, sys, time\n"
+    "from pathlib import Path\n"
+    "from lightning_optcore.sweeps.journal import SweepError, open_journal\n"
+    "journal, folder = open_journal(sys.argv[1]), Path(sys.argv[2])\n"
+    "def together(name):\n"
+    "    (folder / f'{name}-{os.getpid()}').touch()\n"
+    "    while len(list(folder.glob(f'{name}-*'))) < 4: time.sleep(0.005)\n"
+)
+
+
 def test_one_of_several_processes_takes_over_what_a_dead_one_left(journal, store_target, tmp_path):
-    sweep_id, _ = begun(journal)
-    _given_to(journal, sweep_id, 2**22 + 1)
-    assert journal.unfinished("python").id == sweep_id and journal.unfinished("other") is None
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from lightning_optcore.sweeps.journal import SweepError, open_journal\n"
-        "journal, folder = open_journal(sys.argv[1]), Path(sys.argv[2])\n"
-        "try:\n"
-        "    journal.take_over(int(sys.argv[3]))\n"
-        "    print('taken')\n"
-        "except SweepError as error:\n"
-        "    print('refused' if 'still runs it' in str(error) else error)\n"
-        "(folder / f'{id(journal)}-{time.time_ns()}').touch()\n"
-        "while len(list(folder.iterdir())) < 4: time.sleep(0.01)\n"
+    for _ in range(5):
+        sweep_id, _ = begun(journal)
+        _given_to(journal, sweep_id, 2**22 + 1)
+        assert journal.unfinished("python").id == sweep_id and journal.unfinished("other") is None
+    code = _TOGETHER + (
+        "for sweep_id in range(1, 6):\n"
+        "    together(sweep_id)\n"
+        "    try:\n"
+        "        journal.take_over(sweep_id)\n"
+        "        print(sweep_id)\n"
+        "    except SweepError as error:\n"
+        "        assert 'still runs it' in str(error), error\n"
+        "together('end')\n"
     )
-    (tmp_path / "ended").mkdir()
-    assert sorted(at_once(code, store_target, tmp_path / "ended", sweep_id)) == [*["refused"] * 3, "taken"]
+    taken = [int(number) for printed in at_once(code, store_target, tmp_path) for number in printed.split()]
+    assert sorted(taken) == list(range(1, 6)), "a sweep has two owners, or none"
 
 
 def test_sweeps_that_begin_at_once_in_one_folder_get_folders_of_their_own(store_target, tmp_path):
-    code = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from lightning_optcore.sweeps.journal import open_journal\n"
-        "journal, folder = open_journal(sys.argv[1]), Path(sys.argv[2])\n"
-        "sweep_id = journal.begin('python', '/sweep', {}, ['minimize'])\n"
-        "print(journal.sweep(sweep_id).directory)\n"
-        "(folder / str(sweep_id)).touch()\n"
-        "while len(list(folder.iterdir())) < 4: time.sleep(0.01)\n"
+    code = _TOGETHER + (
+        "for number in range(5):\n"
+        "    together(number)\n"
+        "    print(journal.sweep(journal.begin('python', f'/sweeps/{number}', {}, ['minimize'])).directory)\n"
+        "together('end')\n"
     )
-    (tmp_path / "begun").mkdir()
-    assert sorted(at_once(code, store_target, tmp_path / "begun")) == ["/sweep", "/sweep_2", "/sweep_3", "/sweep_4"]
+    folders = [folder for printed in at_once(code, store_target, tmp_path) for folder in printed.split()]
+    assert len(set(folders)) == 20
+    assert {folder for folder in folders if "_" not in folder} == {f"/sweeps/{number}" for number in range(5)}
 
 
 def test_jobs_of_four_processes_write_to_one_sweep_at_once(journal, store_target):
