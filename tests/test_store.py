@@ -164,6 +164,8 @@ def test_a_store_of_an_older_schema_is_brought_forward_with_what_it_holds(store_
         sweep_id = journal.begin("python", str(tmp_path), {}, ["minimize"])
         journal.add_batch(sweep_id, 1, 0, [(Candidate(0, {"x": 1}), []), (Candidate(1, {"x": 2}), [])], {})
     with Store(store_target) as store, store.writing() as connection:
+        for table in ("job_attempts", "jobs", "job_queues"):
+            connection.execute(sa.text(f"DROP TABLE {table}"))
         connection.execute(sa.text("ALTER TABLE trials DROP COLUMN violation"))
         connection.execute(sa.text("UPDATE schema_version SET version = 4"))
     with Store(store_target) as store:
