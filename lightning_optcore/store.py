@@ -1,7 +1,7 @@
 """The store: every run, its measurements and its curves in one database that many processes write at once.
 
-The embedded default is one SQLite file in WAL mode. Every method is one transaction, so that a process
-killed at any moment loses at most the row it was writing.
+The embedded default is one SQLite file in WAL mode; a PostgreSQL server serves several machines. Every method is one
+transaction, so that a process killed at any moment loses at most the row it was writing.
 """
 
 from __future__ import annotations
@@ -11,26 +11,24 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import URL, Connection, Engine, Row, make_url
+from sqlalchemy.engine import Connection, Row
 
 from lightning_optcore import store_schema as tables
 from lightning_optcore.measurement.directions import Direction, direction_of
 from lightning_optcore.measurement.measurement import Measurement
+from lightning_optcore.store_database import Database, StoreError, without_passwords
+
+__all__ = ["STATUSES", "Run", "Store", "StoreError", "now"]
 
 STATUSES = ("running", "done", "failed", "interrupted")
-_BUSY_TIMEOUT_S = 60
-
-
-class StoreError(RuntimeError):
-    """A store that cannot be used as asked; the message names it, the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class Store:
     """Opens a store, creating or upgrading it where needed.
 
     Args:
-        target: Path of a SQLite file, or an SQLAlchemy URL.
+        target: Path of a SQLite file, or a URL: ``postgresql://USER@HOST/DATABASE`` (extra ``postgresql``).
 
     Raises:
         StoreError: If it cannot be opened or written, or was written by a newer version.
@@ -103,18 +101,9 @@ class Store:
     """
 
     def __init__(self, target: str | Path) -> None:
-        text = str(target)
         # What it was opened with, for other processes to open it too.
-        self.target = text
-        self._url = make_url(text) if "://" in text else URL.create("sqlite", database=text)
-        self._name = self._url.database if self._is_sqlite else self._url.render_as_string()
-        if self._is_sqlite and self._url.database:
-            with self._explained():
-                Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
-        if self._is_sqlite:
-            self._engine = self._sqlite_engine(sa.pool.NullPool)
-        else:
-            self._engine = sa.create_engine(self._url)
+        self.target = str(target)
+        self._database = Database(self.target)
         self._migrate()
 
     def __enter__(self) -> Store:
@@ -125,7 +114,7 @@ class Store:
 
     def close(self) -> None:
         """Give back the connections."""
-        self._engine.dispose()
+        self._database.close()
 
     def start(
         self,
@@ -149,8 +138,8 @@ class Store:
             "created_at": now(),
             "job": job,
             "status": "running",
-            "overrides": _dump(list(overrides)),
-            "config": _dump(dict(config or {})),
+            "overrides": _dump(without_passwords(list(overrides))),
+            "config": _dump(without_passwords(dict(config or {}))),
             "model_fingerprint": model_fingerprint,
             "data_fingerprint": data_fingerprint,
             "hardware_fingerprint": hardware_fingerprint,
@@ -193,7 +182,7 @@ class Store:
         """
         if status not in STATUSES[1:]:
             raise StoreError(f"status={status!r}: expected one of {', '.join(STATUSES[1:])}")
-        self._set(run_id, {"status": status, "error": error, "finished_at": now()})
+        self._set(run_id, {"status": status, "error": without_passwords(error), "finished_at": now()})
 
     def add_measurement(self, run_id: int, role: str, measurement: Measurement) -> None:
         """Write a measurement as ``"before"`` or ``"after"``; one of the same role is replaced."""
@@ -231,6 +220,7 @@ class Store:
     def profiles(self, run_id: int) -> dict[str, dict[str, Any]]:
         """Return what the profiler said of a run, by stage: ``"fit"``, ``"test"`` and so on."""
         query = sa.select(tables.profiles).where(tables.profiles.c.run_id == run_id)
+        query = query.order_by(tables.profiles.c.stage)
         with self.reading() as connection:
             return {row.stage: json.loads(row.content) for row in connection.execute(query)}
 
@@ -242,7 +232,7 @@ class Store:
         """
         found = self._select(tables.runs.c.id == run_id)
         if not found:
-            raise StoreError(f"run {run_id} is not in {self._name}")
+            raise StoreError(f"run {run_id} is not in {self._database.name}")
         return found[0]
 
     def runs(self, *, job: str | None = None, status: str | None = None, limit: int | None = None) -> list[Run]:
@@ -333,19 +323,12 @@ class Store:
             connection.execute(sa.delete(table).where(*same, table.c.layer.in_(list(milliseconds))))
             connection.execute(sa.insert(table), rows)
 
-    @property
-    def _is_sqlite(self) -> bool:
-        return self._url.get_backend_name() == "sqlite"
-
     def _migrate(self) -> None:
         # Looking first spares a write lock at every opening but the first.
         with self.reading() as connection:
             version = _version_of(connection)
         if version < tables.SCHEMA_VERSION:
-            if self._is_sqlite:
-                # Readers and a writer work at once; the file keeps this.
-                with self.reading() as connection:
-                    connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            self._database.write_ahead()
             with self.writing() as connection:
                 version = _version_of(connection)
                 for migrate in tables.MIGRATIONS[version:]:
@@ -355,8 +338,8 @@ class Store:
                     connection.execute(sa.insert(tables.versions).values(version=tables.SCHEMA_VERSION))
         if version > tables.SCHEMA_VERSION:
             raise StoreError(
-                f"store.path={self._name}: its schema is version {version}, this lightning_optcore reads "
-                f"up to {tables.SCHEMA_VERSION}; upgrade lightning-optcore, or name another file"
+                f"store.path={self._database.name}: its schema is version {version}, this lightning_optcore reads "
+                f"up to {tables.SCHEMA_VERSION}; upgrade lightning-optcore, or name another store"
             )
 
     def _select(self, *conditions: sa.ColumnElement[bool], limit: int | None = None) -> list[Run]:
@@ -379,110 +362,29 @@ class Store:
 
     def _require(self, connection: Connection, run_id: int) -> None:
         if connection.execute(sa.select(tables.runs.c.id).where(tables.runs.c.id == run_id)).first() is None:
-            raise StoreError(f"run {run_id} is not in {self._name}")
+            raise StoreError(f"run {run_id} is not in {self._database.name}")
 
-    @contextmanager
-    def reading(self) -> Iterator[Connection]:
+    def reading(self) -> AbstractContextManager[Connection]:
         """Give a connection to read with; its errors become a StoreError."""
-        with self._explained(), self._engine.connect() as connection:
-            yield connection
+        return self._database.reading()
 
-    @contextmanager
-    def writing(self, *, durable: bool = True) -> Iterator[Connection]:
-        """Give a connection within one transaction, which an exception takes back.
+    def writing(self, *, durable: bool = True) -> AbstractContextManager[Connection]:
+        """Give a connection within one transaction, which an exception takes back; no other writes meanwhile.
 
         Args:
             durable: Whether it is kept through a power cut. A process that is killed loses nothing either way.
         """
-        with self._explained(), self._engine.connect() as connection:
-            if self._is_sqlite:
-                level = "FULL" if durable else "NORMAL"
-                connection.exec_driver_sql(f"PRAGMA synchronous = {level}")
-                # Take the write lock at once: upgrading a read lock later can fail with SQLITE_BUSY.
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-            try:
-                yield connection
-            except BaseException:
-                connection.rollback()
-                raise
-            connection.commit()
+        return self._database.writing(durable=durable)
 
-    @contextmanager
-    def held_open(self) -> Iterator[None]:
-        """Keep a connection from one transaction to the next within the block.
-
-        Whoever closes SQLite's file last folds the write-ahead log into it: many short transactions, of this and of
-        other processes, are several times faster while one connection stays.
-        """
-        if not self._is_sqlite:
-            yield
-            return
-        single, self._engine = self._engine, self._sqlite_engine(sa.pool.QueuePool)
-        _held.append(self._engine)
-        try:
-            with self.reading() as connection:
-                connection.exec_driver_sql("PRAGMA user_version")
-            yield
-        finally:
-            _held.remove(self._engine)
-            self._engine.dispose()
-            self._engine = single
-
-    def _sqlite_engine(self, pool: type[sa.pool.Pool]) -> Engine:
-        engine = sa.create_engine(self._url, poolclass=pool, connect_args={"timeout": _BUSY_TIMEOUT_S})
-        _configure_sqlite(engine)
-        return engine
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sa.exc.DBAPIError as error:
-            reason = " ".join(str(error.orig).split())
-            raise StoreError(f"store.path={self._name}: {reason}; {_remedy(reason)}") from error
-        except OSError as error:
-            raise StoreError(f"store.path={self._name}: {error.strerror}; {_remedy('')}") from error
-
-
-_held: list[Engine] = []
-
-
-def _close_held() -> None:
-    for engine in _held:
-        engine.dispose()
-
-
-if hasattr(os, "register_at_fork"):
-    # SQLite's locks do not pass to a forked process, which would take itself to have them.
-    os.register_at_fork(before=_close_held)
-
-
-def _configure_sqlite(engine: Engine) -> None:
-    """Let us begin transactions, and check foreign keys."""
-
-    @sa.event.listens_for(engine, "connect")
-    def on_connect(connection: Any, _: Any) -> None:
-        # Transactions are begun by us: the driver would begin them late and deferred.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.close()
+    def held_open(self) -> AbstractContextManager[None]:
+        """Keep a connection from one transaction to the next within the block: many short ones are faster so."""
+        return self._database.held_open()
 
 
 def _version_of(connection: Connection) -> int:
     if not sa.inspect(connection).has_table(tables.versions.name):
         return 0
     return int(connection.execute(sa.select(tables.versions.c.version)).scalar() or 0)
-
-
-def _remedy(reason: str) -> str:
-    if "full" in reason:
-        return "make room on the disk, or name a file elsewhere"
-    if "not a database" in reason or "malformed" in reason:
-        return "it is no SQLite file or was damaged: move it away, or name another file"
-    if "locked" in reason:
-        return "another process holds it for long: look for one that hangs"
-    return "name a file in a folder that can be written (store.path=null records nothing)"
 
 
 def _equal(wanted: Mapping[str, Any]) -> list[sa.ColumnElement[bool]]:

@@ -25,7 +25,8 @@ runs = sa.Table(
     sa.Column("hardware_fingerprint", sa.Text, index=True),
     sa.Column("recipe", sa.Text),
     sa.Column("recipe_fingerprint", sa.Text, index=True),
-    sa.Column("seed", sa.Integer),
+    # Up to 2**32 - 1, which a server's integers are too small for.
+    sa.Column("seed", sa.BigInteger),
     sa.Column("parent", sa.Integer, sa.ForeignKey("runs.id")),
     sa.Column("directory", sa.Text),
     sa.Column("host", sa.Text, nullable=False),
@@ -53,7 +54,8 @@ scalars = sa.Table(
 curves = sa.Table(
     "curves",
     metadata,
-    sa.Column("id", sa.Integer, primary_key=True, autoincrement=True),
+    # SQLite counts up its INTEGER alone.
+    sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True, autoincrement=True),
     sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id"), nullable=False, index=True),
     sa.Column("step", sa.Integer, nullable=False),
     sa.Column("epoch", sa.Integer, nullable=False),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import warm
 from lightning.pytorch import Callback, LightningModule, Trainer
+from postgresql_server import Server, programs
 
 from lightning_optcore import Latency, Measurement
 
@@ -39,6 +40,31 @@ def browser() -> str:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     needs_package(found is not None, "chromium")
     return str(found)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Server]:
+    """A PostgreSQL server of this process's tests, started by the first that needs it."""
+    folder = programs()
+    needs_package(folder is not None, "postgresql")
+    assert folder is not None
+    server = Server(folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def postgresql(postgresql_server: Server) -> Iterator[str]:
+    """The URL, with its password, of an empty database on the server."""
+    name = postgresql_server.new_database()
+    yield postgresql_server.url(name)
+    postgresql_server.drop(name)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """What a new store is opened with: in a file, and on a server."""
+    return str(tmp_path / "new" / "optcore.db") if request.param == "sqlite" else request.getfixturevalue("postgresql")
 
 
 @pytest.fixture(autouse=True)

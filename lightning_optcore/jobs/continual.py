@@ -28,6 +28,7 @@ from lightning_optcore.jobs.reporting import report_of
 from lightning_optcore.measurement.fitted import measured_fit
 from lightning_optcore.meta.continual import AccuracyMatrix, ContinualPlan
 from lightning_optcore.meta.continual.plan import STATE_FILE
+from lightning_optcore.store_database import without_passwords
 
 
 def run(config: DictConfig) -> float | tuple[float, ...] | None:
@@ -113,7 +114,7 @@ def _summarise(config: DictConfig, matrix: AccuracyMatrix, output_dir: Path, rep
     for number, name in enumerate(matrix.tasks):
         table.add_row(f"{number + 1}: {escape(name)}", *(f"{row[number]:.4f}" for row in matrix.rows))
     console.print(table)
-    places = {"run": output_dir, "report": report, "store": config.store.path}
+    places = {"run": output_dir, "report": report, "store": without_passwords(config.store.path)}
     for name, place in places.items():
         if place is not None:
             console.print(f"{name:>9}  {place}", soft_wrap=True, highlight=False, markup=False)

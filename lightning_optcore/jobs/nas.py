@@ -37,6 +37,7 @@ from lightning_optcore.nas.retraining import configured_space, save_architecture
 from lightning_optcore.nas.supernet_file import SUPERNET_FILE, load_supernet
 from lightning_optcore.search.grammar import override_text
 from lightning_optcore.search.searcher import Candidate
+from lightning_optcore.store_database import without_passwords
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def run(config: DictConfig) -> None:
     strategy = instantiate(config.nas.strategy, _partial_=True, _convert_="all")
     one_shot = one_shot_of(strategy)
     inherits = one_shot is not None and one_shot.samples
-    carried = retraining_overrides(list(hydra.overrides.task), dict(hydra.runtime.choices))
+    carried = without_passwords(retraining_overrides(list(hydra.overrides.task), dict(hydra.runtime.choices)))
 
     def overrides(directory: Path, path: Path) -> list[str]:
         """Return what trains an architecture of the search alone, from its share of the supernet if there is one."""
@@ -83,7 +84,7 @@ def run(config: DictConfig) -> None:
             "objective": dict(objective),
             "trial_program": _PROGRAM,
             "hydra": {"help": {"app_name": "optcore nas"}},
-            "config": _plain(config),
+            "config": without_passwords(_plain(config)),
         }
         write_atomically(directory / "multirun.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
         log.info("search %d in %s", sweep_id, directory)
@@ -229,7 +230,9 @@ def _report(store: str, sweep_id: int) -> Path | None:
         return write_own_report(store, sweep_id, "done")
     except Exception as error:
         # What was found is written already, and the page can be made later.
-        again = shlex.join(["optcore", "report", f"sweep={sweep_id}", override_text("store.path", store)])
+        again = shlex.join(
+            ["optcore", "report", f"sweep={sweep_id}", override_text("store.path", without_passwords(store))]
+        )
         log.warning("no report of the search: %s: %s; make it by: %s", type(error).__name__, error, again)
         return None
 

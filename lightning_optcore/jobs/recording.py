@@ -24,6 +24,8 @@ from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.profiling.profile_report import ProfileReport
 from lightning_optcore.recipe import Recipe
 from lightning_optcore.store import Run, Store
+from lightning_optcore.store_database import warn_of_passwords
+from lightning_optcore.sweeps.task import current_trial
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def recorded_run(config: DictConfig, output_dir: Path) -> Iterator[Recording]:
     if path is None or _rank() != 0 or _only_supervises(config):
         yield Recording(None)
         return
+    if current_trial() is None:
+        warn_of_passwords(list(HydraConfig.get().overrides.task))
     with Store(path) as store:
         run_id = store.start(
             config.job,

@@ -21,6 +21,7 @@ from lightning_optcore.report.sweep_figures import number
 from lightning_optcore.report.sweep_html import write_sweep_report
 from lightning_optcore.report.sweep_page import SweepPage
 from lightning_optcore.store import Run, Store
+from lightning_optcore.store_database import without_passwords
 from lightning_optcore.sweeps.journal import Journal
 
 
@@ -89,7 +90,9 @@ def _one_sweep(config: DictConfig, console: Console) -> None:
         known = [sweep.id for sweep in journal.sweeps()]
         if config.sweep not in known:
             there = ", ".join(map(str, known)) or "none"
-            raise ConfigurationError(f"sweep={config.sweep}: not in {config.store.path}; there are: {there}")
+            raise ConfigurationError(
+                f"sweep={config.sweep}: not in {without_passwords(config.store.path)}; there are: {there}"
+            )
         page = sweep_page(journal, config.sweep)
     try:
         path = _write_sweep(config, page)

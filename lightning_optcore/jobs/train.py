@@ -26,6 +26,7 @@ from lightning_optcore.jobs.reporting import report_of
 from lightning_optcore.measurement.comparison import compare, summary_table
 from lightning_optcore.measurement.fitted import measured_fit
 from lightning_optcore.measurement.measurement import Measurement
+from lightning_optcore.store_database import without_passwords
 
 
 def run(config: DictConfig) -> float | tuple[float, ...] | None:
@@ -105,7 +106,7 @@ def _summarise(
         console.print(compare(measurements["before"], measurements["after"]))
     elif measurements:
         console.print(summary_table(measurements["before"]))
-    places = {"run": output_dir, "report": report, "store": config.store.path}
+    places = {"run": output_dir, "report": report, "store": without_passwords(config.store.path)}
     for artifact in _artifacts(callbacks):
         places["artifact"] = artifact.path
     for name, place in places.items():

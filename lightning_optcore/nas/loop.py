@@ -31,6 +31,7 @@ from lightning_optcore.nas.strategies import Strategy, searcher_of
 from lightning_optcore.nas.trial import UNREPORTED, Evaluate, run_trial
 from lightning_optcore.search.searcher import Candidate, SearchError
 from lightning_optcore.store import Store
+from lightning_optcore.store_database import without_passwords
 from lightning_optcore.sweeps.continuation import continuation_of, relaunched, told_of
 from lightning_optcore.sweeps.display import LiveTable
 from lightning_optcore.sweeps.journal import Journal, SweepError, SweepRecord, TrialRecord, held_journal
@@ -388,6 +389,7 @@ class _Search:
         found = self._journal.unfinished(command)
         if found is not None:
             return found
+        command = without_passwords(command)
         mine = (one for one in self._journal.sweeps(_REJECTED) if one.command == command and one.status == "running")
         return next((one for one in mine if one.pid == os.getpid()), None)
 

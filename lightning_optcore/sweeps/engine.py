@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from lightning_optcore.search.grammar import override_text
 from lightning_optcore.search.sampling import Grid
 from lightning_optcore.search.searcher import Searcher
 from lightning_optcore.search.space import Choice, Parameter, Space
+from lightning_optcore.store_database import warn_of_passwords, without_passwords
 from lightning_optcore.sweeps.continuation import continuation_of, relaunched, told_of
 from lightning_optcore.sweeps.display import LiveTable
 from lightning_optcore.sweeps.journal import SweepError, SweepRecord, TrialRecord, held_journal
@@ -148,6 +149,8 @@ class Sweep:
             SweepError: If it cannot be resumed, too many trials failed, or none succeeded.
         """
         path = str(self._store_path())
+        hydra = self._config.hydra
+        warn_of_passwords([*_texts(hydra.overrides.task), *_texts(hydra.overrides.hydra)])
         with held_journal(path) as self._journal:
             resumed = self._resumed()
             record = resumed or self._begun()
@@ -345,11 +348,18 @@ class Sweep:
         self._searcher.load_state_dict(found.state)
         again = found.unfinished
         log.info("sweep %d continues: %d trials have a result, %d run again", record.id, len(found.ended), len(again))
-        return relaunched(self._journal, record, again, self._take_job_nums(len(again)))
+        trials = relaunched(self._journal, record, again, self._take_job_nums(len(again)))
+        return [replace(trial, overrides=self._with_passwords(trial)) for trial in trials]
+
+    def _with_passwords(self, trial: TrialRecord) -> list[str]:
+        """Return a trial's overrides with the passwords of this command, which the journal does not keep."""
+        given = {without_passwords(one): one for one in self._template.overrides(trial.candidate.params)}
+        return [given.get(one, one) for one in trial.overrides]
 
     def _save_config(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self._config, self._directory / "multirun.yaml")
+        plain = without_passwords(OmegaConf.to_container(self._config, resolve=False, enum_to_str=True))
+        OmegaConf.save(OmegaConf.create(plain), self._directory / "multirun.yaml")
 
     def _launcher(self, store: str) -> Any:
         code = None
@@ -398,7 +408,9 @@ class Sweep:
             log.warning("no report of the sweep: %s; make it by: %s", reason, self._report_command(store))
 
     def _report_command(self, store: str) -> str:
-        return shlex.join(["optcore", "report", f"sweep={self._sweep_id}", override_text("store.path", store)])
+        return shlex.join(
+            ["optcore", "report", f"sweep={self._sweep_id}", override_text("store.path", without_passwords(store))]
+        )
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy.engine import Connection, Row
 from lightning_optcore import store_schema as tables
 from lightning_optcore.search.searcher import Candidate
 from lightning_optcore.store import Store, StoreError, now
+from lightning_optcore.store_database import without_passwords
 
 JOURNAL_VERSION = 1
 ENDED = ("done", "failed", "pruned")
@@ -146,7 +147,7 @@ class Journal:
             "journal_version": JOURNAL_VERSION,
             "created_at": now(),
             "status": "running",
-            "command": command,
+            "command": without_passwords(command),
             "directory": directory,
             "space": json.dumps(space),
             "directions": json.dumps(list(directions)),
@@ -166,7 +167,7 @@ class Journal:
     def unfinished(self, command: str) -> SweepRecord | None:
         """Return the newest sweep of a command that has not ended and whose owner is dead."""
         table = tables.sweeps
-        query = sa.select(table).where(table.c.command == command, table.c.status == "running")
+        query = sa.select(table).where(table.c.command == without_passwords(command), table.c.status == "running")
         with self._store.reading() as connection:
             found = [_sweep(row) for row in connection.execute(query.order_by(table.c.id.desc()))]
         return next((sweep for sweep in found if not sweep.owner_is_alive), None)
@@ -196,7 +197,7 @@ class Journal:
 
     def finish(self, sweep_id: int, status: str, error: str | None = None) -> None:
         """Close a sweep as done, failed or interrupted."""
-        values = {"status": status, "error": error, "finished_at": now()}
+        values = {"status": status, "error": without_passwords(error), "finished_at": now()}
         with self._store.writing() as connection:
             connection.execute(sa.update(tables.sweeps).where(tables.sweeps.c.id == sweep_id).values(values))
 
@@ -235,7 +236,7 @@ class Journal:
                 "batch": batch,
                 "job_num": record.job_num,
                 "candidate": json.dumps(asdict(record.candidate)),
-                "overrides": json.dumps(record.overrides),
+                "overrides": json.dumps(without_passwords(record.overrides)),
                 "status": record.status,
             }
             for record in records
@@ -333,7 +334,7 @@ class Journal:
         values = {
             "status": status or ("failed" if failure is not None else "done"),
             "objectives": None if objectives is None else json.dumps(list(objectives)),
-            "failure": failure,
+            "failure": without_passwords(failure),
             "violation": violation or None,
             "cached_from": cached_from,
             "finished_at": now(),

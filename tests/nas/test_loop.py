@@ -268,6 +268,16 @@ def test_a_process_that_is_killed_is_a_failed_trial(tmp_path):
     assert len(processes) > 1
 
 
+def test_a_search_of_several_processes_keeps_its_journal_on_a_server(postgresql, tmp_path):
+    options = {"store": postgresql, "directory": tmp_path, "n_jobs": 2, "strategy": "grid"}
+    found = quick(max_trials=8, **options)
+    more = quick(max_trials=12, resume=found.sweep_id, **options)
+    assert more.sweep_id == found.sweep_id == 1
+    assert [trial.objectives for trial in more.history[:8]] == [trial.objectives for trial in found.history]
+    with Store(postgresql) as store:
+        assert [trial.status for trial in Journal(store).trials(1)] == ["done"] * 12
+
+
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_killed_five_times_30_architectures_are_paid_once_each(tmp_path, n_jobs):
     store, log = tmp_path / "optcore.db", tmp_path / "log.txt"
