@@ -17,8 +17,9 @@ from lightning_optcore.executor.driver import Driver, check_fits
 from lightning_optcore.executor.queue import JobQueue, JobRecord
 from lightning_optcore.executor.resources import Resources
 from lightning_optcore.executor.scheduling import Scheduling
-from lightning_optcore.executor.work import Work, work_of
+from lightning_optcore.executor.work import Work, WorkError, work_of
 from lightning_optcore.store import Store
+from lightning_optcore.store_database import without_passwords
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -223,6 +224,11 @@ class Executor:
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise ExecutorError(f"priority={priority!r}: expected a whole number")
         what = work_of(work, kind)
+        if what.named is not None and without_passwords(what.named) != what.named:
+            raise WorkError(
+                f"{what.kind}: a URL in it holds a password, which the queue would keep: leave it out, and give it as "
+                "PGPASSWORD, or in ~/.pgpass"
+            )
         needs, limit = self._needs(what, resources)
         if self.driver is None and what.named is None:
             raise ExecutorError(

@@ -16,6 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from lightning_optcore import store_schema as tables
+from lightning_optcore.executor import LocalExecutor
 from lightning_optcore.executor.queue import Ended, JobQueue, queue_names
 from lightning_optcore.executor.resources import Resources
 from lightning_optcore.executor.running import Outcome
@@ -24,8 +25,8 @@ from lightning_optcore.store import Store, StoreError
 
 
 @pytest.fixture
-def queue(tmp_path: Path) -> Iterator[JobQueue]:
-    with Store(tmp_path / "jobs.db") as store:
+def queue(store_target: str) -> Iterator[JobQueue]:
+    with Store(store_target) as store:
         yield JobQueue(store, "default")
 
 
@@ -94,7 +95,7 @@ def test_a_job_that_was_cancelled_does_not_start(queue):
     assert queue.to_cancel() == [second] and queue.job(second).status == "running"
 
 
-def test_one_living_process_drives(queue, tmp_path):
+def test_one_living_process_drives(queue, store_target):
     assert queue.lead("local") and not queue.lead("local")
     assert queue.seen([{"name": "a"}])
     driver = queue.driver()
@@ -105,7 +106,7 @@ def test_one_living_process_drives(queue, tmp_path):
     code = "import sys, os; from lightning_optcore.store import Store\n"
     code += "from lightning_optcore.executor.queue import JobQueue\n"
     code += "assert JobQueue(Store(sys.argv[1]), 'default').lead('local'); os.kill(os.getpid(), 9)"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "jobs.db")], check=False, timeout=60)
+    subprocess.run([sys.executable, "-c", code, store_target], check=False, timeout=60)
     dead = queue.driver()
     assert dead is not None and not dead.is_alive and dead.pid != os.getpid()
     assert queue.lead("ray") and queue.driver().executor == "ray"
@@ -149,3 +150,28 @@ def test_what_json_would_change():
 def test_the_kind_of_a_command_is_its_job_and_groups():
     words = ["train", "model=cnn", "data=digits", "model.width=8", "trainer.max_epochs=3", "--config-name=x"]
     assert work_of(words).kind == "train model=cnn data=digits --config-name=x"
+
+
+def test_several_machines_take_jobs_off_one_server(postgresql, tmp_path):
+    """Drivers on a server take turns: what one began, the next one ends, and each job ends once."""
+    code = "import sys, time, functools; from lightning_optcore.executor import LocalExecutor\n"
+    code += "with LocalExecutor({'cpu': 2}, store=sys.argv[1]) as executor:\n"
+    code += "    jobs = [executor.submit(functools.partial(pow, 2, i), key=str(i)) for i in range(30)]\n"
+    code += "    assert [job.result(100) for job in jobs] == [2**i for i in range(30)]\n"
+    programs = [subprocess.Popen([sys.executable, "-c", code, postgresql]) for _ in range(3)]
+    assert [program.wait(120) for program in programs] == [0, 0, 0]
+    with Store(postgresql) as store:
+        records = JobQueue(store, "default").jobs()
+    assert [(one.status, len(one.attempts), one.result) for one in records] == [
+        ("done", 1, 2 ** int(one.key)) for one in records
+    ]
+    assert len(records) == 30
+
+
+def test_a_password_is_not_kept(tmp_path):
+    with LocalExecutor({"cpu": 1}, store=tmp_path / "jobs.db") as executor:
+        with pytest.raises(WorkError, match=r"holds a password, .*PGPASSWORD"):
+            executor.submit(["train", "store.path=postgresql://me:secret@host/runs"])
+        with pytest.raises(WorkError, match=r"holds a password"):
+            executor.submit(partial(print, "postgresql://me:secret@host/runs"))
+        assert executor.jobs() == []
