@@ -41,7 +41,7 @@ def run_command(words: Sequence[str], directory: str) -> dict[str, Any]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=_end_with_this_process(),  # noqa: PLW1509 - one call of the kernel, looked up before
+        preexec_fn=end_with_this_process(),  # noqa: PLW1509 - one call of the kernel, looked up before
     )
     last: deque[str] = deque(maxlen=_LAST_LINES)
     assert process.stdout is not None
@@ -61,7 +61,8 @@ def _how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _end_with_this_process() -> Callable[[], None] | None:
+def end_with_this_process() -> Callable[[], None] | None:
+    """Return what a child calls before it begins, to end when this process does; ``None`` where no kernel does that."""
     if not sys.platform.startswith("linux"):
         return None
     # Looked up before the fork: after it, nothing is safe but the call itself.

@@ -122,7 +122,7 @@ def ray_start_command(node: NodeSpec, head: NodeSpec) -> list[str]:
     """
     words = ["ray", "start", "--block"]
     if node.is_head:
-        # The dashboard of Ray runs jobs for whoever reaches it.
+        # The dashboard would be one more way in.
         words += ["--head", f"--port={node.port or 6379}", "--include-dashboard=false"]
     else:
         words += [f"--address={head.address}"]

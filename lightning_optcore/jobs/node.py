@@ -18,6 +18,7 @@ import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_optcore.executor.command import end_with_this_process
 from lightning_optcore.executor.executor import ExecutorError
 from lightning_optcore.executor.nodes import NodesError, NodeSpec, has_token, nodes_of, ray_start_command
 from lightning_optcore.files import write_atomically
@@ -76,9 +77,12 @@ def _check(node: NodeSpec, file: Path) -> None:
 def _run(words: list[str], file: Path) -> int:
     """Run Ray until it ends or this process is told to; return its exit code, 0 where it was told to."""
     # Ray of this environment, whatever is on the PATH.
-    program = [sys.executable, "-m", "ray.scripts.scripts", *words[1:]]
+    program = [sys.executable, "-m", "lightning_optcore.executor.ray_start", *words[1:]]
     environment = {**os.environ, "RAY_AUTH_MODE": "token"}
-    with _ended_by_signals() as told, subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL) as ray:
+    ray = subprocess.Popen(
+        program, env=environment, stdin=subprocess.DEVNULL, preexec_fn=end_with_this_process(),  # noqa: PLW1509 - as there
+    )  # fmt: skip
+    with _ended_by_signals() as told, ray:
         this = psutil.Process()
         write_atomically(file, json.dumps({"pid": this.pid, "started": this.create_time()}))
         try:
@@ -116,10 +120,11 @@ def _stop(node: NodeSpec, file: Path) -> None:
     if process is None:
         raise ExecutorError(f"node {node.node_id} does not run here: it was not started from this folder, or has ended")
     process.terminate()
-    try:
-        process.wait(2 * _STOP_S)
-    except psutil.TimeoutExpired as error:
-        raise ExecutorError(f"node {node.node_id}: process {process.pid} does not end") from error
+    end = time.monotonic() + 2 * _STOP_S
+    while _running(file) is not None:
+        if time.monotonic() > end:
+            raise ExecutorError(f"node {node.node_id}: process {process.pid} does not end")
+        time.sleep(0.1)
     print(f"node {node.node_id} has ended")
 
 
@@ -127,6 +132,7 @@ def _running(file: Path) -> psutil.Process | None:
     try:
         noted = json.loads(file.read_text())
         process = psutil.Process(noted["pid"])
-        return process if abs(process.create_time() - noted["started"]) < 1.0 else None
+        there = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - noted["started"]) < 1.0
+        return process if there else None
     except (FileNotFoundError, psutil.NoSuchProcess):
         return None
