@@ -86,7 +86,7 @@ def _with_config_name(arguments: list[str]) -> list[str]:
         )
     further = arguments[1:]
     if arguments[0] == "submit":
-        further = [_quoted(one) if one.startswith("overrides=[") else one for one in further]
+        further = [_quoted(one) if one.startswith("overrides=") else one for one in further]
     return [f"--config-name={arguments[0]}", *further]
 
 
@@ -98,6 +98,8 @@ def _quoted(argument: str) -> str:
         "overrides=['model.width=64','callbacks=[a,b]']"
     """
     key, _, text = argument.partition("=")
+    if not text.startswith("["):
+        return argument if "=" not in text else _quoted(f"{key}=[{text}]")
     parts, depth, quote = [""], 0, ""
     for letter in text.strip()[1:-1]:
         if letter == "," and depth == 0 and not quote:

@@ -36,7 +36,7 @@ def no_client_server() -> Iterator[None]:
     from ray.scripts import scripts
 
     before = scripts.get_ray_client_dependency_error
-    scripts.get_ray_client_dependency_error = lambda: "the client's server is not wanted"
+    scripts.get_ray_client_dependency_error = lambda: ImportError("not wanted")
     try:
         yield
     finally:

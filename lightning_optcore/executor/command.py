@@ -53,8 +53,14 @@ def run_command(words: Sequence[str], directory: str) -> dict[str, Any]:
         # What the kernel does to a process when memory runs out, and Python before that.
         raise MemoryError(f"the command {_how(code)}:\n{''.join(last)}")
     if code:
-        raise CommandError(f"the command {_how(code)}:\n{''.join(last)}")
+        raise CommandError(f"the command {_how(code)}{_said(words[0], last)}:\n{''.join(last)}")
     return {"exit_code": 0, "host": platform.node(), "pid": process.pid}
+
+
+def _said(job: str, last: Sequence[str]) -> str:
+    """Return the one line in which a command says what is wrong, if it does."""
+    lines = [line.strip() for line in last if line.startswith(f"optcore {job}: ")]
+    return f" ({lines[-1]})" if lines else ""
 
 
 def _how(code: int) -> str:

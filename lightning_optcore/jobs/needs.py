@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -29,16 +31,16 @@ def kind_of(words: Sequence[str]) -> str:
     """Return a command's kind: the job, the groups it chooses, and what it says of model and data.
 
     Example:
-        >>> kind_of(["train", "model=mlp", "model.width=64", "trainer.max_epochs=3", "store.path=/tmp/a.db"])
+        >>> kind_of(["train", "model=mlp", "model.width=64", "trainer.max_epochs=3", "seed=1"])
         'train model=mlp model.width=64'
     """
     job, *overrides = words
-    kept = []
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        if "." not in key or key.partition(".")[0] in ("model", "data", "nas"):
-            kept.append(override)
-    return " ".join([job, *kept])
+    return " ".join([job, *(one for one in overrides if _tells_of_needs(one.lstrip("+~").partition("=")[0]))])
+
+
+def _tells_of_needs(key: str) -> bool:
+    folders = (files("lightning_optcore.conf") / key, Path("conf") / key)
+    return key.partition(".")[0] in ("model", "data", "nas") or any(folder.is_dir() for folder in folders)
 
 
 def likely_needs_in(store: str) -> Callable[[Work], Resources | None]:

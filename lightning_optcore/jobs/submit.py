@@ -138,7 +138,9 @@ def _end_well(executor: Executor, console: Console) -> None:
 def _tell(handle: JobHandle, console: Console) -> None:
     record = handle.record
     if record.status != "done":
-        console.print(told(record.error), markup=False)
+        if console.is_terminal:
+            # Otherwise it stands above, as the job printed it, or in the one line that follows.
+            console.print(told(record.error), markup=False)
         handle.result()
     runs = ", ".join(map(str, (record.result or {}).get("runs", []))) or "none recorded"
     console.print(f"job {record.id} is done on {record.node}; its runs: {runs}", markup=False)
