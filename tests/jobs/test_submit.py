@@ -191,6 +191,17 @@ def test_a_job_goes_on_here_when_its_driver_dies(tmp_path, store):
     assert submitting.wait(60) == 0
 
 
+def test_jobs_of_others_that_run_here_come_to_their_end(store):
+    executor = LocalExecutor({"cpu": 1}, store=store)
+    first = executor.submit(partial(time.sleep, 1.5))
+    until(lambda: first.status == "running")
+    second = executor.submit(partial(time.sleep, 0))
+    executor.wind_down()
+    assert (first.status, second.status) == ("done", "queued")
+    executor.close()
+    assert [record.status for record in jobs_of(store)] == ["done", "queued"], "it waits for the next driver"
+
+
 def test_on_a_terminal_the_tables_are_alone(tmp_path, store):
     handed_in(store, partial(print, "said by the job"), partial(time.sleep, 1))
     command = [sys.executable, "-m", "lightning_optcore.cli", "jobs", "serve=true", "drain=true"]
