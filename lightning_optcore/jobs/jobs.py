@@ -64,6 +64,8 @@ def _serve(config: DictConfig, target: str) -> None:
         with live(executor.queue, config.limit, _output()):
             # What is handed in meanwhile is waited for too.
             while not config.drain or _open(executor.queue):
+                if executor.driver.failure is not None:
+                    raise ExecutorError(f"queue {config.queue}: {executor.driver.failure}")
                 executor.wait(executor.jobs("running") or executor.jobs("queued"), _LOOK_S)
                 time.sleep(_LOOK_S / 10)
     finally:

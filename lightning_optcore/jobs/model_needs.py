@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_optcore.fingerprints import model_fingerprint
+from lightning_optcore.jobs.needs import processors_of
 from lightning_optcore.jobs.own_classes import with_own_defaults
 
 # Of the worker process that starts the command: measured as 54 MB.
@@ -74,7 +75,7 @@ def training_needs(model: LightningModule, batch: Any) -> Training:
         ...     model = MLP(width=4096)
         >>> needs = training_needs(model, (torch.zeros(64, 1, 8, 8), torch.zeros(64, dtype=torch.int64)))
         >>> needs.weights == needs.gradients, needs.optimizer // needs.weights
-        (False, 2)
+        (True, 2)
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # First the step: without a Trainer, it may log.
@@ -162,27 +163,26 @@ def needs_of_command(words: Sequence[str]) -> dict[str, Any]:
         HydraConfig.instance().set_config(config)
         config = with_own_defaults(config, overrides)
         importlib.import_module(f"lightning_optcore.jobs.{job}")
-        return _needs_of_config(config)
+        return _needs_of_config(job, config)
 
 
-def _needs_of_config(config: DictConfig) -> dict[str, Any]:
+def _needs_of_config(job: str, config: DictConfig) -> dict[str, Any]:
     model, data = _model(config), _data(config)
     fingerprint, training = None, Training()
     if model is not None:
         fingerprint = model_fingerprint(model, OmegaConf.to_container(config.model, resolve=True))
         training = training_needs(model, _batch(data))
-    processes, gpu = _processes(config)
+    cpu, gpu = processors_of(config)
     copies = _COPIES_MEASURED + (_COPIES_OF_A_TECHNIQUE if config.get("callbacks") else 0)
     loaders = int(OmegaConf.select(config, "data.num_workers") or 0)
-    searches = int(OmegaConf.select(config, "nas.n_jobs") or 1)
+    # Of a search, the process that asks is one more; what it will build is not known.
+    processes = cpu + 1 if job == "nas" and cpu > 1 else max(cpu, int(gpu))
     # This process has loaded what the command will, and holds its data.
     base = psutil.Process().memory_info().rss
     memory = _WORKER_BYTES + processes * (base * (1 + loaders) + training.peak(copies))
-    if searches > 1:
-        memory += searches * base
     return {
         "memory_bytes": memory,
-        "cpu": max(1, processes if not gpu else 1, searches),
+        "cpu": cpu,
         "gpu": gpu,
         "model_fingerprint": fingerprint,
         "data": OmegaConf.to_container(config.data, resolve=True) if config.get("data") else None,
@@ -218,16 +218,6 @@ def _batch(data: LightningDataModule | None) -> Any:
         if data is not None:
             return next(iter(data.train_dataloader()))
     return None
-
-
-def _processes(config: DictConfig) -> tuple[int, float]:
-    """Return how many processes train, and on how many GPUs."""
-    devices = OmegaConf.select(config, "trainer.devices")
-    count = devices if isinstance(devices, int) and devices > 0 else 1
-    if OmegaConf.is_list(devices):
-        count = len(devices)
-    on_gpu = OmegaConf.select(config, "trainer.accelerator") in ("gpu", "cuda")
-    return count, float(count) if on_gpu else 0.0
 
 
 if __name__ == "__main__":

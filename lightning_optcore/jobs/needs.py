@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_optcore import store_schema as tables
 from lightning_optcore.executor.resources import Resources
@@ -38,9 +39,27 @@ def kind_of(words: Sequence[str]) -> str:
     return " ".join([job, *(one for one in overrides if _tells_of_needs(one.lstrip("+~").partition("=")[0]))])
 
 
+def processors_of(config: DictConfig) -> tuple[int, float]:
+    """Return how many processor cores and GPUs a configuration asks for.
+
+    Args:
+        config: Of a job, composed.
+
+    Example:
+        >>> processors_of(OmegaConf.create({"trainer": {"accelerator": "cpu", "devices": 2}}))
+        (2, 0.0)
+    """
+    devices = OmegaConf.select(config, "trainer.devices")
+    count = len(devices) if OmegaConf.is_list(devices) else devices if isinstance(devices, int) and devices > 0 else 1
+    if OmegaConf.select(config, "trainer.accelerator") in ("gpu", "cuda"):
+        return 1, float(count)
+    return max(count, int(OmegaConf.select(config, "nas.n_jobs") or 1)), 0.0
+
+
 def _tells_of_needs(key: str) -> bool:
     folders = (files("lightning_optcore.conf") / key, Path("conf") / key)
-    return key.partition(".")[0] in ("model", "data", "nas") or any(folder.is_dir() for folder in folders)
+    at_once = key in ("trainer.devices", "trainer.accelerator")
+    return at_once or key.partition(".")[0] in ("model", "data", "nas") or any(folder.is_dir() for folder in folders)
 
 
 def likely_needs_in(store: str) -> Callable[[Work], Resources | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -55,6 +56,8 @@ def _chosen(nodes: list[NodeSpec], node_id: str | None) -> NodeSpec:
 
 
 def _check(node: NodeSpec, file: Path) -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise ExecutorError("optcore node needs Ray: pip install 'lightning-optcore[cluster]'")
     if os.environ.get("RAY_AUTH_MODE", "token") != "token":
         raise ExecutorError(f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: expected token, or nothing")
     if not has_token(os.environ):

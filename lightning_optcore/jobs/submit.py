@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 
 from lightning_optcore.executor.display import driven_by, live, told
 from lightning_optcore.executor.executor import Executor, ExecutorError, JobHandle
-from lightning_optcore.jobs.needs import kind_of, likely_needs_in
+from lightning_optcore.jobs.needs import kind_of, likely_needs_in, processors_of
 from lightning_optcore.jobs.queueing import executor_of, store_target
 from lightning_optcore.store import StoreError
 
@@ -32,14 +32,14 @@ def run(config: DictConfig) -> None:
     if not isinstance(config.wait, bool):
         raise ExecutorError(f"wait={config.wait!r}: expected true or false")
     store = store_target(config, must_exist=False)
-    words = command(config, store)
+    words, composed = command(config, store)
     console = Console(highlight=False, soft_wrap=True)
     executor = _executor(config, store)
     try:
         handle = executor.submit(
             words,
             priority=config.priority,
-            resources=_resources(config),
+            resources=_resources(config, composed),
             key=config.key,
             kind=kind_of(words),
             timeout_s=config.timeout_s,
@@ -62,8 +62,8 @@ def run(config: DictConfig) -> None:
         executor.close()
 
 
-def command(config: DictConfig, store: str) -> list[str]:
-    """Return the words of the command that is handed in.
+def command(config: DictConfig, store: str) -> tuple[list[str], DictConfig]:
+    """Return the words of the command that is handed in, and the configuration that it will have.
 
     Raises:
         ExecutorError: If there is no such job, or its configuration cannot be composed with the overrides.
@@ -87,13 +87,15 @@ def command(config: DictConfig, store: str) -> list[str]:
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise ExecutorError(f"overrides: {reason}") from error
-    return [config.job, *overrides]
+    return [config.job, *overrides], composed
 
 
-def _resources(config: DictConfig) -> Any:
+def _resources(config: DictConfig, composed: DictConfig) -> dict[str, Any]:
     if config.resources is not None and not OmegaConf.is_dict(config.resources):
         raise ExecutorError(f"resources={config.resources}: expected e.g. {{cpu: 2, memory_bytes: 2000000000}}")
-    return None if config.resources is None else OmegaConf.to_container(config.resources, resolve=True)
+    cpu, gpu = processors_of(composed)
+    given: Any = OmegaConf.to_container(config.resources or OmegaConf.create(), resolve=True)
+    return {"cpu": cpu, "gpu": gpu, **given}
 
 
 def _store_as_given(config: DictConfig, store: str) -> str:

@@ -134,7 +134,6 @@ def test_a_job_runs_on_a_head_on_loopback(optcore, tmp_path):
         listening = {
             one.laddr.ip.removeprefix("::ffff:")
             for process in started
-            if process.name() in ("gcs_server", "raylet")
             for one in process.net_connections("tcp")
             if one.status == psutil.CONN_LISTEN
         }
