@@ -112,14 +112,15 @@ def _optimizer_bytes(model: LightningModule, trained: Sequence[torch.Tensor]) ->
 
 
 def _activation_bytes(model: LightningModule, batch: Any) -> int:
-    kept: list[int] = []
-    weights = {id(one) for one in [*model.parameters(), *model.buffers()]}
+    weights = {one.untyped_storage()._cdata for one in [*model.parameters(), *model.buffers()]}
+    # By what holds them: an output that is the next layer's input is kept once. They are held, lest a number be of two.
+    kept: dict[int, torch.UntypedStorage] = {}
     device = next((one.device for one in model.parameters()), torch.device("cpu"))
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in weights:
-            kept.append(tensor.numel() * tensor.element_size())
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
         return tensor
 
     # A metric that looks at a value ends the step, on the meta device; what the network kept is counted by then.
@@ -127,7 +128,7 @@ def _activation_bytes(model: LightningModule, batch: Any) -> int:
         model.train()
         with torch.device(device):
             model.training_step(_moved(batch, device), 0)
-    return sum(kept)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
