@@ -131,13 +131,14 @@ def test_a_job_runs_on_a_head_on_loopback(optcore, tmp_path):
     try:
         _wait_until_it_listens(node, port, tmp_path / "printed")
         started = psutil.Process(node.pid).children(recursive=True)
-        listening = {
-            one.laddr.ip.removeprefix("::ffff:")
+        listening = [
+            (one.laddr.ip.removeprefix("::ffff:"), one.laddr.port)
             for process in started
             for one in process.net_connections("tcp")
             if one.status == psutil.CONN_LISTEN
-        }
-        assert listening == {"127.0.0.1"}, "nothing outside of this machine reaches it"
+        ]
+        assert {address for address, _ in listening} == {"127.0.0.1"}, "nothing outside of this machine reaches it"
+        assert 10001 not in {number for _, number in listening}, "the server for Ray's client is off"
         assert not any(TOKEN in word for process in started for word in process.cmdline())
         done = subprocess.run(
             [sys.executable, "-c", ONE_JOB, f"127.0.0.1:{port}"],
