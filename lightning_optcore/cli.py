@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-JOBS = ("train", "adapt", "continual", "measure", "profile", "nas", "report", "dashboard")
+JOBS = (
+    "train", "adapt", "continual", "measure", "profile", "nas", "report", "dashboard", "submit", "jobs", "node"
+)  # fmt: skip
 
 
 class JobError(CompactHydraException):
@@ -81,7 +84,37 @@ def _with_config_name(arguments: list[str]) -> list[str]:
             f"optcore: unknown job {arguments[0]!r}: expected one of {', '.join(JOBS)}, "
             "then overrides such as model.width=64"
         )
-    return [f"--config-name={arguments[0]}", *arguments[1:]]
+    further = arguments[1:]
+    if arguments[0] == "submit":
+        further = [_quoted(one) if one.startswith("overrides=") else one for one in further]
+    return [f"--config-name={arguments[0]}", *further]
+
+
+def _quoted(argument: str) -> str:
+    """Quote the overrides in a list of them: for Hydra's grammar an equals sign stands in no list.
+
+    Example:
+        >>> _quoted("overrides=[model.width=64,callbacks=[a,b]]")
+        "overrides=['model.width=64','callbacks=[a,b]']"
+    """
+    key, _, text = argument.partition("=")
+    if not text.startswith("["):
+        return argument if "=" not in text else _quoted(f"{key}=[{text}]")
+    parts, depth, quote = [""], 0, ""
+    for letter in text.strip()[1:-1]:
+        if letter == "," and depth == 0 and not quote:
+            parts.append("")
+            continue
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in "[{(") - (letter in "]})")
+        parts[-1] += letter
+    stripped = [part.strip() for part in parts if part.strip()]
+    escaped = (part if part[0] in "'\"" else "'" + part.replace("'", "\\'") + "'" for part in stripped)
+    return f"{key}=[{','.join(escaped)}]"
 
 
 def _refuse_emptied_groups(arguments: list[str]) -> None:
@@ -99,7 +132,8 @@ def _refuse_emptied_groups(arguments: list[str]) -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_optcore.conf", config_name="train")
 def _hydra_main(config: DictConfig) -> Any:
-    job = config.get("job", "train")
+    # What `optcore submit` has for a job is the one that it hands in.
+    job = "submit" if HydraConfig.get().job.config_name == "submit" else config.get("job", "train")
     if job not in JOBS:
         raise JobError(f"job={job!r}: expected one of {', '.join(JOBS)}")
     try:

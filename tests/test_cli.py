@@ -6,7 +6,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-JOBS = ("train", "measure", "report")
+JOBS = ("train", "measure", "report", "submit", "jobs", "node")
 
 
 def loaded_modules(code: str) -> set[str]:
@@ -69,7 +69,7 @@ def test_an_unknown_job_lists_the_jobs(optcore):
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "optcore: unknown job 'tran': expected one of train, adapt, continual, measure, profile, nas, report, "
-        "dashboard, then overrides such as model.width=64"
+        "dashboard, submit, jobs, node, then overrides such as model.width=64"
     ]
 
 
@@ -103,3 +103,21 @@ def test_options_of_the_current_folder_are_found(optcore, tmp_path):
     (tmp_path / "conf" / "model" / "mine.yaml").write_text("_target_: my_package.Net\n")
     shown = OmegaConf.create(optcore("model=mine", "--cfg", "job").stdout)
     assert shown.model == {"_target_": "my_package.Net"}
+
+
+@pytest.mark.parametrize(
+    ("given", "as_hydra_reads_it"),
+    [
+        ("[a.b=1,c=2]", "['a.b=1','c=2']"),
+        ("[callbacks=[x,y],model={a:1,b:2}]", "['callbacks=[x,y]','model={a:1,b:2}']"),
+        ("['a=1', \"b=2\"]", "['a=1',\"b=2\"]"),
+        ("[name='x,y']", r"['name=\'x,y\'']"),
+        ("a.b=1", "['a.b=1']"),
+        ("[]", "[]"),
+    ],
+)
+def test_the_overrides_of_a_submitted_job_need_no_quotes(optcore, given, as_hydra_reads_it):
+    without = optcore("submit", f"overrides={given}", "--cfg", "job")
+    quoted = optcore("--config-name=submit", f"overrides={as_hydra_reads_it}", "--cfg", "job")
+    assert without.returncode == quoted.returncode == 0
+    assert OmegaConf.create(without.stdout).overrides == OmegaConf.create(quoted.stdout).overrides

@@ -55,22 +55,26 @@ def test_every_option_composes_and_instantiates(tmp_path, option):
     if option == "model=architecture":
         chosen_ones = {"depth": 1, "width_1": 16, "activation": "relu"}
         more = [f"model.path={save_architecture(tmp_path / 'one.json', chosen_ones)}"]
-    job = {"nas": "nas", "tasks": "continual"}.get(group.partition("/")[0], "train")
+    job = {"nas": "nas", "tasks": "continual", "executor": "submit", "cluster": "node"}.get(
+        group.partition("/")[0], "train"
+    )
     config = composed(tmp_path, option, *more, job=job)
-    chosen = config if group == "experiment" else OmegaConf.select(config, group.replace("/", "."))
+    chosen = config if group in ("experiment", "cluster") else OmegaConf.select(config, group.replace("/", "."))
     nodes = list(targets(OmegaConf.to_container(chosen, resolve=True)))
     for node in nodes:
-        # A strategy is made by the search, which knows its space.
-        partial = {"_partial_": True} if group == "nas/strategy" else {}
+        # A strategy is made by the search, which knows its space; an executor begins at once.
+        partial = {"_partial_": True} if group in ("nas/strategy", "executor") else {}
         assert instantiate(node, **partial) is not None
-    expected_empty = option in {"callbacks=none", "logger=none", "strategy=auto", "paths=default"}
+    expected_empty = option in {"callbacks=none", "logger=none", "strategy=auto", "paths=default", "cluster=local"}
     assert bool(nodes) != expected_empty
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_job_composes(tmp_path, job):
     config = composed(tmp_path, job=job)
-    assert config.job == HydraConfig.get().job.name == job
+    assert HydraConfig.get().job.name == job
+    # The job of `submit` is the one that it hands in.
+    assert config.job == ("train" if job == "submit" else job)
     OmegaConf.to_container(config, resolve=True)
 
 

@@ -36,6 +36,12 @@ def test_plain_trainer(run, tmp_path):
     assert load_artifact(tmp_path / "copy" / "artifact").measurement.quality["val/acc"] > 0.9
 
 
+def test_queue_of_jobs(run):
+    lines = [line for line in run(EXAMPLES, "queue_of_jobs.py").splitlines() if line.startswith("width")]
+    assert [line.split(":")[0] for line in lines] == ["width 8", "width 32", "width 128"]
+    assert float(lines[-1].split()[3]) > 0.85
+
+
 @pytest.mark.parametrize("line", ["optcore train model=spiral_net", "optcore train model._target_"])
 def test_own_module_with_hydra(run, tmp_path, line):
     readme = (EXAMPLES / "hydra_own_module" / "README.md").read_text()

@@ -41,7 +41,7 @@ def run_command(words: Sequence[str], directory: str) -> dict[str, Any]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=_end_with_this_process(),  # noqa: PLW1509 - one call of the kernel, looked up before
+        preexec_fn=end_with_this_process(),  # noqa: PLW1509 - one call of the kernel, looked up before
     )
     last: deque[str] = deque(maxlen=_LAST_LINES)
     assert process.stdout is not None
@@ -53,15 +53,22 @@ def run_command(words: Sequence[str], directory: str) -> dict[str, Any]:
         # What the kernel does to a process when memory runs out, and Python before that.
         raise MemoryError(f"the command {_how(code)}:\n{''.join(last)}")
     if code:
-        raise CommandError(f"the command {_how(code)}:\n{''.join(last)}")
+        raise CommandError(f"the command {_how(code)}{_said(words[0], last)}:\n{''.join(last)}")
     return {"exit_code": 0, "host": platform.node(), "pid": process.pid}
+
+
+def _said(job: str, last: Sequence[str]) -> str:
+    """Return the one line in which a command says what is wrong, if it does."""
+    lines = [line.strip() for line in last if line.startswith(f"optcore {job}: ")]
+    return f" ({lines[-1]})" if lines else ""
 
 
 def _how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _end_with_this_process() -> Callable[[], None] | None:
+def end_with_this_process() -> Callable[[], None] | None:
+    """Return what a child calls before it begins, to end when this process does; ``None`` where no kernel does that."""
     if not sys.platform.startswith("linux"):
         return None
     # Looked up before the fork: after it, nothing is safe but the call itself.

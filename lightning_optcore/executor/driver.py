@@ -17,7 +17,7 @@ from typing import Any
 
 from lightning_optcore.executor.backend import Backend, Node
 from lightning_optcore.executor.queue import Ended, JobQueue, JobRecord
-from lightning_optcore.executor.resources import Resources, check_some_node_fits
+from lightning_optcore.executor.resources import Resources
 from lightning_optcore.executor.running import Order, Outcome
 from lightning_optcore.executor.scheduling import Durations, Offer, Scheduling, Waiting, speeds, starts
 from lightning_optcore.executor.work import Work
@@ -93,6 +93,7 @@ class Driver:
         self._node_in_doubt = False
         self._changed = threading.Condition()
         self._closing = threading.Event()
+        self._winding_down = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"optcore-{queue.name}", daemon=True)
 
     # ---- for the executor, in other threads ----
@@ -118,6 +119,10 @@ class Driver:
         """Wait until some job has ended, or some time has passed."""
         with self._changed:
             self._changed.wait(seconds)
+
+    def wind_down(self) -> None:
+        """Start nothing more, also not again."""
+        self._winding_down.set()
 
     def nodes(self) -> list[Node]:
         """Return the nodes as they were seen last."""
@@ -274,7 +279,7 @@ class Driver:
         self._waiting[record.id] = record, Waiting(record.id, rank, record.resources, submitted, avoids)
 
     def _start_what_fits(self) -> None:
-        if not self._waiting:
+        if not self._waiting or self._winding_down.is_set():
             return
         waiting = [one for _, one in self._waiting.values()]
         chosen = starts(waiting, self._offers(), self.scheduling, time.time())
@@ -388,15 +393,6 @@ class Driver:
                 self.queue.end_waiting(record.id, "lost", error)
         if left:
             log.info("of %d jobs that ran under another driver, %d go on", len(left), len(left) - len(closed))
-
-
-def check_fits(needs: Resources, driver: Driver) -> None:
-    """Refuse a job that no node can hold.
-
-    Raises:
-        ResourcesError: With the node that comes nearest.
-    """
-    check_some_node_fits(needs, [(node.name, node.has) for node in driver.nodes()])
 
 
 def _told_of(running: _Running) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_optcore.executor.backend import Backend
-from lightning_optcore.executor.driver import Driver, check_fits
+from lightning_optcore.executor.driver import Driver
 from lightning_optcore.executor.queue import JobQueue, JobRecord
-from lightning_optcore.executor.resources import Resources
+from lightning_optcore.executor.resources import Resources, check_some_node_fits
 from lightning_optcore.executor.scheduling import Scheduling
 from lightning_optcore.executor.work import Work, WorkError, work_of
 from lightning_optcore.store import Store
@@ -140,6 +140,7 @@ class Executor:
         queue: Name of the queue.
         scheduling: How jobs are ordered and spread: a :class:`Scheduling`, or its options.
         estimate: Returns what a job is likely to need of which nothing was said, and nothing is known of its kind.
+        drive: Whether this process runs what is in the queue, if no other one does; otherwise it only hands jobs in.
 
     Raises:
         ResourcesError: If an option is out of range.
@@ -153,6 +154,7 @@ class Executor:
         queue: str = "default",
         scheduling: Scheduling | Mapping[str, Any] | None = None,
         estimate: Callable[[Work], Resources | None] | None = None,
+        drive: bool = True,
     ) -> None:
         if scheduling is None or not isinstance(scheduling, Scheduling):
             scheduling = Scheduling(**dict(scheduling or {}))
@@ -169,7 +171,7 @@ class Executor:
         self._held = ExitStack()
         if self._owns_store:
             self._held.enter_context(self.store.held_open())
-        if self.queue.lead(backend.name):
+        if drive and self.queue.lead(backend.name):
             self.driver = Driver(self.queue, backend, scheduling)
             try:
                 self.driver.start()
@@ -232,11 +234,10 @@ class Executor:
         needs, limit = self._needs(what, resources)
         if self.driver is None and what.named is None:
             raise ExecutorError(
-                f"queue {self.queue.name!r} is driven by another process, which cannot be handed {what.kind}: expected "
-                "a function of a module, with arguments that JSON has words for"
+                f"queue {self.queue.name!r} is not driven by this process, and no other one can be handed {what.kind}: "
+                "expected a function of a module, with arguments that JSON has words for"
             )
-        if self.driver is not None:
-            check_fits(needs, self.driver)
+        check_some_node_fits(needs, self._nodes_there_are())
         number, new = self.queue.add(
             what,
             key=key,
@@ -304,6 +305,12 @@ class Executor:
         """Return what a job returned, pickled, where JSON has no word for it and it ended under this driver."""
         return None if self.driver is None else self.driver.values.get(job)
 
+    def wind_down(self) -> None:
+        """Start nothing more, and wait until what runs under this driver has ended. What waits stays in the store."""
+        if self.driver is not None:
+            self.driver.wind_down()
+            self.wait(self.jobs(status="running"))
+
     def close(self, *, abandon: bool = False) -> None:
         """Stop driving. What waits stays in the store for the next driver; what runs is ended and waits again.
 
@@ -321,6 +328,14 @@ class Executor:
             self.store.close()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+    def _nodes_there_are(self) -> list[tuple[str, Resources]]:
+        """Return the nodes of whoever drives; where nobody does, none are known."""
+        if self.driver is not None:
+            return [(node.name, node.has) for node in self.driver.nodes()]
+        driver = self.queue.driver()
+        known = driver.nodes if driver is not None and driver.is_alive else []
+        return [(node["name"], Resources.of(node["has"])) for node in known]
 
     def _needs(self, work: Work, given: Mapping[str, Any] | Resources | None) -> tuple[Resources, int | None]:
         """Return what a job is taken to need, and the memory that it may not exceed."""

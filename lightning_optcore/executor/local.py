@@ -41,6 +41,7 @@ class LocalExecutor(Executor):
         queue: Name of the queue.
         scheduling: How jobs are ordered: options of :class:`Scheduling`.
         estimate: Returns what a job is likely to need of which nothing was said, and nothing is known of its kind.
+        drive: Whether this process runs what is in the queue, if no other one does; otherwise it only hands jobs in.
 
     Raises:
         ResourcesError: If an amount is out of range.
@@ -61,11 +62,12 @@ class LocalExecutor(Executor):
         queue: str = "default",
         scheduling: Scheduling | Mapping[str, Any] | None = None,
         estimate: Callable[[Work], Resources | None] | None = None,
+        drive: bool = True,
     ) -> None:
         given = resources.to_dict() if isinstance(resources, Resources) else dict(resources or {})
         has = Resources.of({**this_machine().to_dict(), **given})
         backend = LocalWorkers(has)
-        super().__init__(backend, store=store, queue=queue, scheduling=scheduling, estimate=estimate)
+        super().__init__(backend, store=store, queue=queue, scheduling=scheduling, estimate=estimate, drive=drive)
 
 
 def this_machine() -> Resources:

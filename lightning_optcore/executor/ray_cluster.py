@@ -52,6 +52,7 @@ class RayExecutor(Executor):
         health_check_timeout_s: A node that does not answer for so long is lost, until it answers again.
         outlives_driver: Whether what runs goes on when this process dies; only with a store.
         estimate: Returns what a job is likely to need of which nothing was said, and nothing is known of its kind.
+        drive: Whether this process runs what is in the queue, if no other one does; otherwise it only hands jobs in.
 
     Raises:
         ExecutorError: If Ray is not installed, the cluster is not there, runs another version of Ray, or wants a token
@@ -69,6 +70,7 @@ class RayExecutor(Executor):
         health_check_timeout_s: float = 3.0,
         outlives_driver: bool = True,
         estimate: Callable[[Work], Resources | None] | None = None,
+        drive: bool = True,
     ) -> None:
         if not 0 < health_check_period_s < health_check_timeout_s:
             raise ExecutorError(
@@ -82,7 +84,7 @@ class RayExecutor(Executor):
             timeout_s=health_check_timeout_s,
             outlives_driver=outlives_driver and store is not None,
         )
-        super().__init__(backend, store=store, queue=queue, scheduling=scheduling, estimate=estimate)
+        super().__init__(backend, store=store, queue=queue, scheduling=scheduling, estimate=estimate, drive=drive)
 
 
 @dataclass

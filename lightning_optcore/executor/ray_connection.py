@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def connect(address: str | None) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     # Nothing of this cluster is told to anybody.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address is None and not _has_token():
+    if address is None and not has_token(os.environ):
         # Ray would leave one in a file that everybody on the machine may read.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     read_environment_again()
@@ -68,9 +69,14 @@ def _check_somebody_listens(address: str) -> None:
         raise ExecutorError(f"executor.address={address}: nobody listens there; start the cluster's head first")
 
 
-def _has_token() -> bool:
-    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    return named or (Path.home() / ".ray" / "auth_token").is_file()
+def has_token(environment: Mapping[str, str]) -> bool:
+    """Whether Ray finds a token: in ``RAY_AUTH_TOKEN``, the file ``RAY_AUTH_TOKEN_PATH``, or ``~/.ray/auth_token``."""
+    if environment.get("RAY_AUTH_TOKEN", "").strip():
+        return True
+    named = environment.get("RAY_AUTH_TOKEN_PATH")
+    home = environment.get("HOME") or os.path.expanduser("~")  # noqa: PTH111 - of this environment
+    file = Path(named) if named else Path(home) / ".ray" / "auth_token"
+    return file.is_file() and bool(file.read_text().strip())
 
 
 def _mended(error: Exception) -> str:

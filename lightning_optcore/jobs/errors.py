@@ -9,6 +9,10 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_optcore.compression.artifact import ArtifactError
 from lightning_optcore.compression.export import ExportError
 from lightning_optcore.data import DataError
+from lightning_optcore.executor.executor import ExecutorError, JobError
+from lightning_optcore.executor.nodes import NodesError
+from lightning_optcore.executor.resources import ResourcesError
+from lightning_optcore.executor.work import WorkError
 from lightning_optcore.nas._nni_compat import NNIError
 from lightning_optcore.nas.supernet import SupernetError
 from lightning_optcore.recipe import RecipeError
@@ -26,17 +30,22 @@ _MENDABLE = (
     ArtifactError,
     ConfigurationError,
     DataError,
+    ExecutorError,
     ExportError,
     HydraException,
+    JobError,
     MisconfigurationException,
     NNIError,
+    NodesError,
     OmegaConfBaseException,
     RecipeError,
+    ResourcesError,
     SearchError,
     SpaceError,
     StoreError,
     SupernetError,
     SweepError,
+    WorkError,
 )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning_optcore.report import profile_figures
+from lightning_optcore.report import job_panels, profile_figures
 from lightning_optcore.report.figures import plotly, styled
 from lightning_optcore.store import Run, Store
 
 # What a page can show, in the order in which it is asked for.
-PANELS = ("verdict", "phases", "shares", "machine", "ranks", "curves")
+PANELS = ("verdict", "phases", "shares", "machine", "ranks", "curves", "jobs", "nodes")
 
 
 def dashboard(
@@ -58,9 +58,7 @@ def dashboard(
         runs = store.runs(limit=limit)
         options = [{"label": _label(run), "value": run.id} for run in runs]
         run = next((one for one in runs if one.id == chosen), runs[0] if runs else None)
-        if run is None:
-            return options, *(html.P("no run yet") for _ in panels)
-        profiles = store.profiles(run.id)
+        profiles = store.profiles(run.id) if run is not None else {}
         profile = profiles.get("fit") or next(iter(profiles.values()), None)
         return options, *(_drawn(dash, panel, run, profile, store) for panel in panels)
 
@@ -71,7 +69,14 @@ def _label(run: Run) -> str:
     return f"{run.id}: {run.job}, {run.status}, {run.created_at[:19]} {' '.join(run.overrides)}"
 
 
-def _drawn(dash: Any, panel: str, run: Run, profile: Mapping[str, Any] | None, store: Store) -> Any:
+def _drawn(dash: Any, panel: str, run: Run | None, profile: Mapping[str, Any] | None, store: Store) -> Any:
+    # The last two show the whole store.
+    if panel == "jobs":
+        return job_panels.jobs_panel(dash.html, job_panels.jobs_seen(store))
+    if panel == "nodes":
+        return job_panels.nodes_panel(dash.html, job_panels.nodes_seen(store))
+    if run is None:
+        return dash.html.P("no run yet")
     if panel == "curves":
         return _graph(dash, _curves(store.curves(run.id)))
     if profile is None:
