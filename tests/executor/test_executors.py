@@ -296,7 +296,7 @@ def test_two_executors_of_one_queue_have_one_driver(make: MakeExecutor, tmp_path
     slow.cancel()
     with pytest.raises(JobCancelledError):
         slow.result(WAIT)
-    with pytest.raises(ExecutorError, match=r"driven by another process, which cannot be handed"):
+    with pytest.raises(ExecutorError, match=r"not driven by this process, and no other one can be handed"):
         other.submit(lambda: 1)
 
 
