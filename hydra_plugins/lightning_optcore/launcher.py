@@ -1,4 +1,4 @@
-"""``hydra/launcher=optcore``: what Hydra's discovery needs to know of it; the executor is loaded by the sweep itself."""
+"""``hydra/launcher=optcore``: what Hydra's discovery needs to know of it; the executor is loaded by a sweep."""
 
 # No postponed annotations here: Hydra reads the types of these dataclasses.
 from dataclasses import dataclass, field
@@ -76,7 +76,8 @@ class OptcoreLauncher(Launcher):
             found: List[JobReturn] = self._jobs.launch(job_overrides, initial_job_idx)  # noqa: UP006
         except (ExecutorError, LauncherError, ResourcesError) as error:
             # What a user can mend is printed without a traceback.
-            raise CompactHydraException(f"hydra/launcher=optcore: {error}") from error
+            key = "hydra.launcher." if isinstance(error, ResourcesError) else "hydra/launcher=optcore: "
+            raise CompactHydraException(f"{key}{error}") from error
         return found
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from omegaconf import DictConfig
+from hydra.conf import HydraConf
 
 
-def arguments_of_one_job(config: DictConfig, arguments: Sequence[str]) -> list[str]:
+def arguments_of_one_job(config: HydraConf, arguments: Sequence[str]) -> list[str]:
     """Return the arguments by which a program runs a job of a multirun alone.
 
     Args:

@@ -112,7 +112,7 @@ def job_return(config: DictConfig, status: JobStatus, value: Any) -> JobReturn:
         status: How it ended.
         value: What it returned, or the error.
     """
-    task = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    task = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     hydra = OmegaConf.masked_copy(config, ["hydra"])
     overrides = list(config.hydra.overrides.task)
     name = str(config.hydra.job.name)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class LauncherError(ValueError):
-    """Options of a launcher that contradict themselves; the message names the key, the value and what would be right."""
+    """An option of a launcher that cannot be; the message names the key, the value and what would be right."""
 
 
 @dataclass(frozen=True)
