@@ -18,6 +18,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
 from lightning_optcore.executor import Executor, JobError, JobHandle, LocalExecutor, RayExecutor
+from lightning_optcore.store_database import without_passwords
 from lightning_optcore.sweeps.hydra_job import HydraJob, Program, job_return, returned_of
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class JobLauncher:
             folder.chmod(int(str(hydra.sweep.mode), 8))
         configs = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
-            log.info("\t#%d : %s", number, " ".join(filter_overrides(overrides)))
+            log.info("\t#%d : %s", number, without_passwords(" ".join(filter_overrides(overrides))))
             configs.append(self._composed(number, overrides))
         executor = self._opened()
         try:

@@ -124,6 +124,22 @@ def test_the_batches_of_a_sweep_share_their_processes(tmp_path):
     assert len({seen(tmp_path, number).pid for number in range(6)}) <= 2
 
 
+def test_ranks_of_lightning_run_their_job_alone(tmp_path):
+    command = [
+        sys.executable, "-m", "lightning_optcore.cli", "train", "-m", "hydra/launcher=optcore", "strategy=ddp",
+        "hydra.launcher.n_workers=1", "trainer=cpu", "trainer.devices=2", "trainer.max_epochs=1", "model=mlp",
+        "model.width=4,8", "data=digits", "test=false", "measure.rounds=2", "report.enabled=false",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    with Store(tmp_path / "outputs" / "optcore.db") as store:
+        runs = sorted(store.runs(), key=lambda run: run.id)
+    assert [(run.status, run.config["model"]["width"]) for run in runs] == [("done", 4), ("done", 8)]
+    # A rank that ran the whole sweep would have begun a folder of its own.
+    (sweep,) = (tmp_path / "outputs" / "train").iterdir()
+    assert sorted(folder.name for folder in sweep.iterdir() if folder.is_dir()) == ["0", "1"]
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_sweep_that_ends_early_leaves_no_job(tmp_path, sent):
     command = [sys.executable, str(APP), "-m", "how=slow", "x=1,2", "hydra.launcher.n_workers=2"]
@@ -183,7 +199,7 @@ def test_a_job_that_was_lost_is_returned_as_hydra_returns_one_that_failed():
 def test_a_folder_that_is_not_on_the_machine_is_named(tmp_path):
     program = pickle.loads(pickle.dumps(Program(str(tmp_path / "elsewhere"), "app.py", (), None)))
     before = list(sys.argv)
-    with pytest.raises(FileNotFoundError, match="elsewhere: the folder in which the jobs were started is not on"):
-        with in_place_of(program, ["app.py"]):
-            pass
+    told = "elsewhere: the folder in which the jobs were started is not on"
+    with pytest.raises(FileNotFoundError, match=told), in_place_of(program, ["app.py"]):
+        pass
     assert sys.argv == before
