@@ -136,7 +136,10 @@ class JobLauncher:
             # Of an interrupt, too: what runs ends with the sweep.
             self.close()
             raise
-        return [_returned(handle, config) for handle, config in zip(handles, configs, strict=True)]
+        found = [_returned(handle, config) for handle, config in zip(handles, configs, strict=True)]
+        for handle in handles:
+            executor.forget(handle)
+        return found
 
     def close(self) -> None:
         """End what runs; a later call of :meth:`launch` begins anew."""
