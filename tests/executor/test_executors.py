@@ -82,7 +82,9 @@ def test_results_come_back_as_they_were(make: MakeExecutor) -> None:
 
 def test_an_error_names_job_and_node_and_where_it_was_raised(make: MakeExecutor) -> None:
     job = make().submit(work_to_do.fail)
-    with pytest.raises(JobFailedError, match=r"(?s)job 1 \(work_to_do:fail\) failed on .*ValueError: no good.*def|raise"):
+    with pytest.raises(
+        JobFailedError, match=r"(?s)job 1 \(work_to_do:fail\) failed on .*ValueError: no good.*def|raise"
+    ):
         job.result(WAIT)
     assert job.attempts == 1
 

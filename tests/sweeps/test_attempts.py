@@ -6,11 +6,23 @@ import time
 from functools import partial
 
 import pytest
+from hydra.conf import HydraConf, JobConf, RuntimeConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from omegaconf import OmegaConf
 
 from lightning_optcore.nas.trial import run_trial
 from lightning_optcore.search.searcher import Candidate
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import Journal
+from lightning_optcore.sweeps.task import TrialTask
+
+
+@pytest.fixture(autouse=True)
+def hydra_as_it_was():
+    before = Singleton.get_state()
+    yield
+    Singleton.set_state(before)
 
 
 @pytest.fixture
@@ -40,6 +52,20 @@ def test_what_is_done_is_not_begun_again(journal):
     journal.end_trial(first, [0.9])
     again, _ = journal.start_trial(1, 0, "again")
     assert (again.status, again.objectives, again.directory) == ("done", [0.9], "first")
+
+
+def test_a_second_attempt_at_a_job_returns_what_the_first_one_found(journal, tmp_path):
+    ran = []
+
+    def task(config):
+        ran.append(config.x)
+        return 0.25
+
+    hydra = OmegaConf.structured(HydraConf(job=JobConf(num=0), runtime=RuntimeConf(output_dir=str(tmp_path))))
+    HydraConfig.instance().set_config(OmegaConf.create({"hydra": hydra}))
+    trial = TrialTask(task, store=str(tmp_path / "store.db"), sweep_id=1, objectives=1)
+    assert [trial(OmegaConf.create({"x": 1})) for _ in range(2)] == [0.25, 0.25]
+    assert ran == [1]
 
 
 def test_an_attempt_at_what_is_done_evaluates_nothing(journal, tmp_path):
