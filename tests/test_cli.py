@@ -23,8 +23,8 @@ def test_importing_the_package_loads_no_torch():
 
 def test_discovering_hydras_plugins_loads_no_torch():
     loaded = loaded_modules("from hydra.core.plugins import Plugins; Plugins.instance()")
-    assert "hydra_plugins.lightning_optcore.user_conf" in loaded
-    assert not loaded & {"torch", "lightning"}
+    assert {f"hydra_plugins.lightning_optcore.{name}" for name in ("user_conf", "sweeper", "launcher")} <= loaded
+    assert not loaded & {"torch", "lightning", "ray", "lightning_optcore.executor"}
 
 
 @pytest.mark.parametrize("job", JOBS)

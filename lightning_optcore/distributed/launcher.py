@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, subprocess_script
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
+from lightning_optcore.distributed.arguments import arguments_of_one_job
 from lightning_optcore.distributed.guard import RankGuard
 
 _GRACE = 30.0  # seconds in which a process ends that knows of another one's failure
@@ -109,24 +110,10 @@ def command_of_one_job(local_rank: int) -> tuple[Sequence[str], str]:
         command = [sys.executable, os.path.abspath(sys.argv[0])]  # noqa: PTH100 - as it was called, links and all
     else:
         command = [sys.executable, "-m", __main__.__spec__.name]
-    command += _flags(sys.argv[1:])
-    command += [*config.overrides.task]
-    command += [one for one in config.overrides.hydra if not one.startswith("hydra.mode=")]
+    command += arguments_of_one_job(config, sys.argv[1:])
     command += [
-        "hydra.mode=RUN",
         f'hydra.run.dir="{config.runtime.output_dir}"',
         f"hydra.job.name={config.job.name}_rank{local_rank}",
         "hydra.output_subdir=null",
     ]
     return command, config.runtime.cwd
-
-
-def _flags(arguments: Sequence[str]) -> list[str]:
-    """Return the flags that say which configuration is meant, with their values."""
-    kept, takes = [], ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
-    for i, argument in enumerate(arguments):
-        if argument.startswith(("--config-", "-cp=", "-cn=", "-cd=")) and "=" in argument:
-            kept.append(argument)
-        elif argument in takes:
-            kept += [argument, *arguments[i + 1 : i + 2]]
-    return kept

@@ -311,6 +311,11 @@ class Executor:
             self.driver.wind_down()
             self.wait(self.jobs(status="running"))
 
+    def forget(self, handle: JobHandle) -> None:
+        """Let go of what a job returned that JSON has no word for, once it was read."""
+        if self.driver is not None:
+            self.driver.values.pop(handle.id, None)
+
     def close(self, *, abandon: bool = False) -> None:
         """Stop driving. What waits stays in the store for the next driver; what runs is ended and waits again.
 

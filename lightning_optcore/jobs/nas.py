@@ -6,7 +6,8 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lightning_optcore.executor import Executor, ExecutorError, ResourcesError
 from lightning_optcore.files import replacing, write_atomically
 from lightning_optcore.jobs.building import instantiate_all, trainer_of
 from lightning_optcore.jobs.checks import check, instance_of
@@ -38,6 +40,7 @@ from lightning_optcore.nas.supernet_file import SUPERNET_FILE, load_supernet
 from lightning_optcore.search.grammar import override_text
 from lightning_optcore.search.searcher import Candidate
 from lightning_optcore.store_database import without_passwords
+from lightning_optcore.sweeps.launching import LauncherError, asked, executor_of
 
 log = logging.getLogger(__name__)
 
@@ -89,30 +92,52 @@ def run(config: DictConfig) -> None:
         write_atomically(directory / "multirun.yaml", OmegaConf.to_yaml(OmegaConf.create(content)))
         log.info("search %d in %s", sweep_id, directory)
 
-    found = search(
-        evaluator.space,
-        evaluator,
-        objectives=objective,
-        strategy=one_shot or strategy,
-        max_trials=config.nas.max_trials,
-        max_seconds=config.nas.max_seconds,
-        constraints=_plain(config.nas.constraints),
-        seed=config.seed or 0,
-        store=config.store.path,
-        n_jobs=config.nas.n_jobs,
-        resume=config.nas.resume,
-        initial=_plain(config.nas.initial) or (),
-        directory=output_dir,
-        command=_command(list(hydra.overrides.task), str(hydra.job.config_name)),
-        describe=describe,
-        on_begin=begun,
-        show=True,
-    )
+    with _executor(config.nas) as executor:
+        found = search(
+            evaluator.space,
+            evaluator,
+            objectives=objective,
+            strategy=one_shot or strategy,
+            max_trials=config.nas.max_trials,
+            max_seconds=config.nas.max_seconds,
+            constraints=_plain(config.nas.constraints),
+            seed=config.seed or 0,
+            store=config.store.path,
+            n_jobs=config.nas.n_jobs,
+            resume=config.nas.resume,
+            initial=_plain(config.nas.initial) or (),
+            directory=output_dir,
+            command=_command(list(hydra.overrides.task), str(hydra.job.config_name)),
+            describe=describe,
+            on_begin=begun,
+            show=True,
+            executor=executor,
+            resources=asked(_plain(config.nas.resources)),
+        )
     commands = _write_front(found, evaluator.space.to_dict(), partial(overrides, Path(found.directory)))
     if one_shot is not None and inherits:
         _write_weights(found, InheritedEvaluation(evaluator, one_shot.calibration_batches))
     report = _report(_target(config.store.path), found.sweep_id) if config.report.enabled else None
     _summarise(found, commands, report)
+
+
+@contextmanager
+def _executor(nas: DictConfig) -> Iterator[Executor | None]:
+    """Give the executor that is configured, if one is."""
+    if nas.executor is None:
+        if nas.address is not None:
+            raise ConfigurationError(f"nas.address={nas.address}: expected nas.executor=ray with it")
+        yield None
+        return
+    try:
+        executor = executor_of(nas.executor, address=nas.address, key="nas.")
+    except (ExecutorError, LauncherError) as error:
+        raise ConfigurationError(str(error)) from error
+    with executor:
+        try:
+            yield executor
+        except ResourcesError as error:
+            raise ConfigurationError(f"nas.{error}") from error
 
 
 class ConfiguredEvaluator(LightningEvaluator):

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_optcore.executor import Executor
 from lightning_optcore.measurement.directions import Direction, direction_of
 from lightning_optcore.nas.limits import Constraints, Limits, described_excess, violation_of
 from lightning_optcore.nas.offers import offered_by
@@ -29,6 +30,7 @@ from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.nas.strategies import Strategy, searcher_of
 from lightning_optcore.nas.trial import UNREPORTED, Evaluate, run_trial
+from lightning_optcore.nas.trial_workers import TrialWorkers
 from lightning_optcore.search.searcher import Candidate, SearchError
 from lightning_optcore.store import Store
 from lightning_optcore.store_database import without_passwords
@@ -65,6 +67,8 @@ def search(
     describe: Callable[[Path, Candidate], list[str]] | None = None,
     on_begin: Callable[[int, Path], None] | None = None,
     show: bool | None = None,
+    executor: Executor | None = None,
+    resources: Mapping[str, Any] | None = None,
     **offered: Any,
 ) -> SearchResult:
     """Search a space of architectures.
@@ -101,6 +105,9 @@ def search(
         describe: Returns the overrides by which a candidate is made again, from the folder and the candidate.
         on_begin: Called with the search's number and folder before the first trial.
         show: Whether a table of the trials is printed as they come; by default on a terminal.
+        executor: Where trials run instead of processes of its own, ``n_jobs`` at once; it stays open. A trial whose
+            node is lost is tried again. Store and folder must be in reach of all nodes.
+        resources: What a trial needs of a node of the executor, e.g. ``{"cpu": 2}``.
         offered: What is handed to a strategy that has an argument of that name, beside what ``evaluate`` offers.
 
     Raises:
@@ -133,8 +140,19 @@ def search(
     with ExitStack() as stack:
         target = _store_of(store, stack)
         journal = stack.enter_context(held_journal(target))
+        workers = TrialWorkers(n_jobs, executor, resources)
         run = _Search(
-            searcher, where.key, evaluate, directions, constraints, max_trials, n_jobs, journal, target, describe
+            searcher,
+            where.key,
+            evaluate,
+            directions,
+            constraints,
+            max_trials,
+            n_jobs,
+            journal,
+            target,
+            describe,
+            workers,
         )
         if deadline is not None:
             run.late = lambda: clock() >= deadline
@@ -159,6 +177,7 @@ class _Search:
         journal: Journal,
         target: str,
         describe: Callable[[Path, Candidate], list[str]] | None,
+        workers: TrialWorkers,
     ) -> None:
         self._searcher = searcher
         self._key = key
@@ -178,7 +197,7 @@ class _Search:
         self._evaluated = 0
         self._succeeded = 0
         self._rejected_in_a_row = 0
-        self._workers: Any = None
+        self._workers = workers
         self.late: Callable[[], bool] = lambda: False
 
     def begin(self, command: str, resume: int | None, directory: str | Path | None) -> None:
@@ -209,7 +228,7 @@ class _Search:
                 self._journal.finish(self.sweep_id, "failed", f"{type(error).__name__}: {error}")
             raise
         finally:
-            self._end_workers()
+            self._workers.close()
         result = self._result()
         self._journal.finish(self.sweep_id, "done")
         return result
@@ -256,63 +275,27 @@ class _Search:
                 self._journal.end_trial(record, None, failure, status="pruned", violation=violation)
                 continue
             paid[key] = record
-        self._launch(list(paid.values()))
+        tasks = {record.number: self._task(record) for record in paid.values()}
+        failures = self._workers.run(tasks, lambda number: self._journal.trial(self.sweep_id, number).ended)
         for record in self._journal.trials(self.sweep_id, batch=self._batch) if batch else []:
             if record.ended:
                 self._known.setdefault(self._key(record.candidate.params), record)
                 continue
             known = self._known.get(self._key(record.candidate.params))
             if known is None:
-                self._journal.end_trial(record, None, failure="the process ended without a result")
+                failure = failures.get(record.number, "the process ended without a result")
+                self._journal.end_trial(record, None, failure=failure)
                 continue
             source = f"trial {known.number} of sweep {self.sweep_id}"
             self._journal.end_trial(
                 record, known.objectives, known.failure, source, known.status, violation=known.violation
             )
 
-    def _launch(self, records: Sequence[TrialRecord]) -> None:
-        if not records:
-            return
-        if self._n_jobs == 1:
-            for record in records:
-                self._task(record)()
-            return
-        lost = self._launch_together(records)
-        # The workers of a pool end with the one that was killed: whoever is lost runs once more, alone.
-        for record in lost:
-            self._launch_together([record])
-
-    def _launch_together(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-        """Evaluate trials in processes, and return those whose process ended without a result."""
-        from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
-
-        if self._workers is None:
-            threads = str(max(1, (os.cpu_count() or 1) // self._n_jobs))
-            environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-            self._workers = ProcessPoolExecutor(max_workers=self._n_jobs, env=environment)
-        futures = [(record, self._workers.submit(self._task(record))) for record in records]
-        lost = []
-        for record, future in futures:
-            try:
-                future.result()
-            except BrokenProcessPool as error:
-                log.warning("trial %d: %s", record.number, " ".join(str(error).split())[:200])
-                lost.append(record)
-        if lost:
-            self._end_workers()
-        ended = {one.number for one in self._journal.trials(self.sweep_id, batch=self._batch) if one.ended}
-        return [record for record in lost if record.number not in ended]
-
     def _task(self, record: TrialRecord) -> Callable[[], None]:
         place = str(self.directory / str(record.job_num))
         return partial(
             run_trial, self._evaluate, record, self._target, list(self._directions), self._limits.by_name, place
         )
-
-    def _end_workers(self) -> None:
-        if self._workers is not None:
-            self._workers.shutdown(kill_workers=True)
-            self._workers = None
 
     def _tell(self, record: TrialRecord) -> None:
         if not any(one.id == record.number for one in self._searcher.pending):

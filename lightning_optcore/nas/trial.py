@@ -38,7 +38,10 @@ def run_trial(
     """
     journal = open_journal(store)
     assert record.job_num is not None
-    journal.start_trial(record.sweep_id, record.job_num, directory, None)
+    record, _ = journal.start_trial(record.sweep_id, record.job_num, directory, None)
+    if record.status == "done":
+        # By an attempt before this one, whose machine was lost after it.
+        return
     try:
         with named_trial(record.sweep_id, record.number, store):
             metrics = dict(_evaluated(evaluate, dict(record.candidate.params)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -29,7 +29,7 @@ from lightning_optcore.sweeps.continuation import continuation_of, relaunched, t
 from lightning_optcore.sweeps.display import LiveTable
 from lightning_optcore.sweeps.journal import SweepError, SweepRecord, TrialRecord, held_journal
 from lightning_optcore.sweeps.results import write_results
-from lightning_optcore.sweeps.task import TrialTask
+from lightning_optcore.sweeps.task import TrialTask, described
 from lightning_optcore.sweeps.template import read_template
 from lightning_optcore.sweeps.warm_start import log_warm_points, warm_points
 
@@ -140,6 +140,7 @@ class Sweep:
         self._next_job_num = 0
         self._failed: list[TrialRecord] = []
         self._lost: str | None = None
+        self._errors: dict[int, str] = {}
         self._returns: list[list[JobReturn]] = []
 
     def run(self) -> list[list[JobReturn]]:
@@ -250,6 +251,12 @@ class Sweep:
         try:
             returned = launcher.launch([trial.overrides for trial in batch], initial_job_idx=batch[0].job_num)
             self._returns.append(list(returned))
+            # Of a job that ended outside of its task, e.g. with its machine, the launcher alone knows why.
+            self._errors = {
+                trial.number: described(one._return_value)
+                for trial, one in zip(batch, returned, strict=False)
+                if one.status == JobStatus.FAILED
+            }
         except HydraException:
             raise
         except Exception as error:
@@ -262,8 +269,9 @@ class Sweep:
         batch = self._journal.trials(self._sweep_id, batch=self._batch)
         unfinished = [trial for trial in batch if not trial.ended]
         for trial in unfinished:
-            self._journal.end_trial(trial, None, failure=self._lost or "the job ended without a result")
-        self._lost = None
+            failure = self._lost or self._errors.get(trial.number, "the job ended without a result")
+            self._journal.end_trial(trial, None, failure=failure)
+        self._lost, self._errors = None, {}
         return self._journal.trials(self._sweep_id, batch=self._batch) if unfinished else batch
 
     def _tell(self, record: TrialRecord) -> None:

@@ -34,7 +34,10 @@ _OF_JOB = (
     tables.trials.c.sweep_id == sa.bindparam("of_sweep"),
     tables.trials.c.job_num == sa.bindparam("of_job"),
 )
-_UPDATE_JOB = sa.update(tables.trials).where(*_OF_JOB)
+# Once it is there, a result stays: a process that was given up may still write one.
+_START_JOB = sa.update(tables.trials).where(*_OF_JOB, tables.trials.c.status != "done")
+_END_JOB = sa.update(tables.trials).where(*_OF_JOB, tables.trials.c.status.not_in(ENDED))
+_END_ATTEMPT = _END_JOB.where(tables.trials.c.started_at == sa.bindparam("of_start"))
 _SELECT_JOB = sa.select(tables.trials).where(*_OF_JOB)
 _SELECT_BATCH = (
     sa.select(tables.trials)
@@ -302,7 +305,7 @@ class Journal:
     def start_trial(
         self, sweep_id: int, job_num: int, directory: str, fingerprint: str | None = None, objectives: int = 1
     ) -> tuple[TrialRecord, TrialRecord | None]:
-        """Write that a job runs its trial.
+        """Write that a job runs its trial; one that is done, by an earlier attempt at the same job, stays so.
 
         Returns:
             The trial, and the newest one of any sweep that was measured with the same fingerprint and as many
@@ -315,7 +318,7 @@ class Journal:
         values = {"status": "running", "directory": directory, "fingerprint": fingerprint, "started_at": now()}
         # Lost in a power cut, it is written again by the trial's next start.
         with self._store.writing(durable=False) as connection:
-            connection.execute(_UPDATE_JOB, {**job, **values})
+            connection.execute(_START_JOB, {**job, **values})
             row = connection.execute(_SELECT_JOB, job).first()
             if row is None:
                 raise StoreError(f"job {job_num} of sweep {sweep_id} is not in the journal")
@@ -330,7 +333,7 @@ class Journal:
         status: str | None = None,
         violation: float = 0.0,
     ) -> None:
-        """Write a trial's result; that of a job whose trial was launched again meanwhile is dropped."""
+        """Write a trial's result, once; it is dropped if the trial was launched or started again meanwhile."""
         values = {
             "status": status or ("failed" if failure is not None else "done"),
             "objectives": None if objectives is None else json.dumps(list(objectives)),
@@ -339,7 +342,12 @@ class Journal:
             "cached_from": cached_from,
             "finished_at": now(),
         }
-        self._set_trial(trial, values)
+        # By the job's number and its start: a worker may outlive its sweep or be given up, and its trial run again.
+        job = {"of_sweep": trial.sweep_id, "of_job": trial.job_num}
+        statement = _END_JOB if trial.started_at is None else _END_ATTEMPT
+        start = {} if trial.started_at is None else {"of_start": trial.started_at}
+        with self._store.writing() as connection:
+            connection.execute(statement, {**job, **start, **values})
 
     def report(self, sweep_id: int, number: int, step: int, value: float) -> None:
         """Write an intermediate value of a trial; one of the same step is replaced."""
@@ -360,12 +368,6 @@ class Journal:
             for row in connection.execute(query):
                 values.setdefault(row.number, {})[row.step] = row.value
         return values
-
-    def _set_trial(self, trial: TrialRecord, values: Mapping[str, Any]) -> None:
-        # By the job's number: a worker may outlive its sweep, and its trial run again as another job.
-        job = {"of_sweep": trial.sweep_id, "of_job": trial.job_num}
-        with self._store.writing() as connection:
-            connection.execute(_UPDATE_JOB, {**job, **values})
 
 
 @contextmanager

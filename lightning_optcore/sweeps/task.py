@@ -78,11 +78,14 @@ class TrialTask:
         mark = self._fingerprint(config)
         folder = str(hydra.runtime.output_dir)
         trial, same = journal.start_trial(self.sweep_id, int(hydra.job.num), folder, mark, self.objectives)
+        if trial.status == "done":
+            # By an attempt before this one, whose machine was lost after it.
+            return _as_returned(trial.objectives)
         if same is not None and same.objectives is not None:
             source = f"trial {same.number} of sweep {same.sweep_id}"
             log.info("trial %d: as %s (same configuration, code, data and machine)", trial.number, source)
             journal.end_trial(trial, same.objectives, cached_from=source)
-            return same.objectives[0] if self.objectives == 1 else tuple(same.objectives)
+            return _as_returned(same.objectives)
         try:
             with named_trial(self.sweep_id, trial.number, self.store), _time_limit(self.timeout_s):
                 result = _returned(self.task, config)
@@ -145,6 +148,13 @@ def objectives_of(result: Any, count: int, *, optional: bool = False) -> tuple[l
         return None, f"the job returned {len(values)} {numbers}, hydra.sweeper.directions names {count}"
     bad = [f"objective {i} is {value}" for i, value in enumerate(values) if not abs(value) < float("inf")]
     return (None, "; ".join(bad)) if bad else (values, None)
+
+
+def _as_returned(values: Sequence[float] | None) -> Any:
+    """Return stored numbers as a task does."""
+    if values is None:
+        return None
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _returned(task: Callable[[DictConfig], Any], config: DictConfig) -> Any:

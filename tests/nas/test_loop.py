@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import warm
 
+from lightning_optcore.executor import LocalExecutor
 from lightning_optcore.nas import search
 from lightning_optcore.nas.space import ArchitectureSpace
 from lightning_optcore.nas.strategies import STRATEGIES
@@ -276,6 +278,44 @@ def test_a_search_of_several_processes_keeps_its_journal_on_a_server(postgresql,
     assert [trial.objectives for trial in more.history[:8]] == [trial.objectives for trial in found.history]
     with Store(postgresql) as store:
         assert [trial.status for trial in Journal(store).trials(1)] == ["done"] * 12
+
+
+def test_trials_run_as_jobs_of_an_executor(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with LocalExecutor({"cpu": 2}) as executor:
+        found = quick(
+            dies, strategy="grid", max_trials=12, n_jobs=4, objectives=["acc", "process"], executor=executor,
+            resources={"cpu": 1},
+        )  # fmt: skip
+        assert {job.record.resources.cpu for job in executor.jobs()} == {1}
+        # It is whoever made it that closes it.
+        assert executor.submit(partial(round, 2.5)).result(60) == 2
+    failed = [trial for trial in found.history if trial.failure]
+    assert [trial.architecture for trial in failed] == [{"a": 2, "b": "y"}]
+    assert failed[0].failure.endswith("(nas trial) failed on local: its process was killed by SIGKILL")
+    processes = {trial.objectives["process"] for trial in found.history if not trial.failure}
+    assert os.getpid() not in processes
+
+
+def slow(one):
+    Path("begun").touch()
+    time.sleep(60)
+
+
+def test_an_interrupt_ends_the_jobs_of_a_search(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt_when_begun():
+        while not Path("begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with LocalExecutor({"cpu": 1}) as executor:
+        threading.Thread(target=interrupt_when_begun).start()
+        with pytest.raises(KeyboardInterrupt):
+            quick(slow, n_jobs=2, executor=executor)
+        assert executor.wait(executor.jobs(), timeout=60) == []
+        assert {job.status for job in executor.jobs()} == {"cancelled"}
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite
+from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 from hydra.version import VersionBase
 from packaging.version import Version
 
@@ -23,6 +24,7 @@ def outputs_are_left_elsewhere(tmp_path_factory, monkeypatch):
 
 def test_hydra_discovers_it():
     assert "OptcoreSweeper" in [plugin.__name__ for plugin in Plugins.instance().discover(Sweeper)]
+    assert "OptcoreLauncher" in [plugin.__name__ for plugin in Plugins.instance().discover(Launcher)]
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,16 @@ class TestBatchedSweeper(BatchedSweeperTestSuite):
 )
 class TestIntegration(IntegrationTestSuite):
     """Folders, names and working directories of jobs."""
+
+
+@pytest.mark.parametrize(("launcher_name", "overrides"), [("optcore", [])])
+class TestLauncher(LauncherTestSuite):
+    """Jobs in processes of the executor."""
+
+
+@pytest.mark.parametrize(
+    ("task_launcher_cfg", "extra_flags"),
+    [({"defaults": [{"override hydra/launcher": "optcore"}]}, ["-m"])],
+)
+class TestLauncherIntegration(IntegrationTestSuite):
+    """The same of jobs in processes of the executor."""
