@@ -40,6 +40,9 @@ bench: $(VENV)/.installed-bench  ## run the benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_latency.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/nas_proxies.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/continual.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/executor.py overhead
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/executor.py scaling --rounds 3 --jobs 40
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/executor.py loss --rounds 3
 
 clean:  ## remove the environment
 	rm -rf $(VENV)

@@ -25,7 +25,6 @@ os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
 import joblib
 import ray
 from ray.cluster_utils import Cluster
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.table import Table
 
@@ -128,24 +127,16 @@ def scaling(jobs: int, sleep: float, rounds: int) -> None:
     show(table)
 
 
-def loss(rounds: int, stock: bool) -> None:
+def loss(rounds: int) -> None:
     """Print the seconds from the loss of a node until its job begins on another one."""
     ours: dict[str, list[float]] = {"killed": [], "stopped": []}
     for way, taken in ours.items():
         for _ in range(rounds):
             with on_cluster(2) as (made, executor):
                 taken.append(until_again(executor, made, way))
-    peers: dict[str, list[float]] = {"killed": [], "stopped": []}
-    for way, taken in peers.items() if stock else ():
-        for _ in range(rounds):
-            with cluster(2) as made, tempfile.TemporaryDirectory() as folder:
-                connect(made.address)
-                taken.append(until_again_by_ray(made, Path(folder), way))
-    table = Table("", "the node's processes", "s, median", "most", title="from the loss to the next start")
-    for name, found in (("RayExecutor", ours), ("Ray's max_retries, stock settings", peers)):
-        for way, taken in found.items():
-            if taken:
-                table.add_row(name, way, f"{statistics.median(taken):.1f}", f"{max(taken):.1f}")
+    table = Table("the node's processes", "s, median", "most", title="from the loss to the next start")
+    for way, taken in ours.items():
+        table.add_row(way, f"{statistics.median(taken):.1f}", f"{max(taken):.1f}")
     show(table)
 
 
@@ -155,40 +146,14 @@ def until_again(executor: Executor, made: Cluster, way: str) -> float:
     while job.status != "running":
         time.sleep(0.02)
     time.sleep(1.5)
-    (node,) = [one for one in made.worker_nodes if f"n{list(made.worker_nodes).index(one)}" == job.node]
+    ids = {one["Labels"].get("node_id"): one["NodeID"] for one in ray.nodes() if one["Alive"]}
+    (node,) = [one for one in made.worker_nodes if one.node_id == ids[job.node]]
     began = lose(made, node, way)
     while job.attempts < 2:
         time.sleep(0.02)
     passed = time.time() - began
     job.cancel()
     executor.wait([job])
-    return passed
-
-
-def until_again_by_ray(made: Cluster, folder: Path, way: str) -> float:
-    """Do the same with a Ray task that may be tried again, and moves where there is room."""
-
-    @ray.remote(num_cpus=1, max_retries=3)
-    def task(path: str) -> None:
-        with Path(path).open("a") as file:
-            file.write(f"{time.time()} {ray.get_runtime_context().get_node_id()}\n")
-        time.sleep(30)
-
-    ids = {node["NodeID"] for node in ray.nodes()}
-    mark = folder / "begun"
-    nodes = {node.unique_id: node for node in made.worker_nodes}
-    assert set(nodes) <= ids
-    first = next(iter(nodes))
-    reference = task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(first, soft=True)).remote(str(mark))
-    while not mark.exists():
-        time.sleep(0.02)
-    time.sleep(1.5)
-    began = lose(made, nodes[mark.read_text().split()[1]], way)
-    while len(mark.read_text().splitlines()) < 2:
-        time.sleep(0.02)
-        assert time.time() - began < 120
-    passed = float(mark.read_text().splitlines()[1].split()[0]) - began
-    ray.cancel(reference, force=True)
     return passed
 
 
@@ -227,7 +192,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--sleep", type=float, default=0.5)
-    parser.add_argument("--no-stock", action="store_true", help="leave Ray's own settings out")
     given = parser.parse_args()
     logging.getLogger("lightning_optcore").setLevel(logging.ERROR)
     if given.what == "overhead":
@@ -235,7 +199,7 @@ def main() -> None:
     elif given.what == "scaling":
         scaling(given.jobs, given.sleep, given.rounds)
     else:
-        loss(given.rounds, not given.no_stock)
+        loss(given.rounds)
 
 
 if __name__ == "__main__":
