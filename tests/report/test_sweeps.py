@@ -163,6 +163,8 @@ def test_one_trial_is_a_page_too(journal, make_sweep, tmp_path):
 
 def test_a_sweep_of_failures_is_a_page_too(journal, make_sweep, tmp_path):
     sweep = make_sweep(trials=3)
+    # Launched again: a result that is there stays.
+    journal.renumber(sweep, [trial.number for trial in journal.trials(sweep)], first_job_num=3)
     for trial in journal.trials(sweep):
         journal.end_trial(trial, None, failure="ValueError: all of them")
     journal.finish(sweep, "failed", "SweepError: 3 of 3 trials failed")
