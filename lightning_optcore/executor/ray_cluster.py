@@ -28,8 +28,8 @@ from lightning_optcore.store import Store
 
 log = logging.getLogger(__name__)
 
-# An agent's process has so long to start.
-_AGENT_START_S = 60.0
+# So long are agents waited for at the beginning; one that is later is used later.
+_AGENT_START_S = 30.0
 _LISTEN_S = 10.0
 # So often in a row nobody must listen at a node's address.
 _REFUSALS = 2
@@ -97,9 +97,9 @@ class _Known:
     # Of its raylet, Ray's own process on every node.
     address: Address
     agent: Any
-    heard_at: float
-    asked: Any = None
-    answered: bool = False
+    asked: Any
+    # When its agent answered last: nothing is started on a node before it did.
+    heard_at: float = -math.inf
     refusals: int = 0
     # It lost an attempt: before then nothing is started on it, whatever a process of it still answers.
     doubted_until: float = -math.inf
@@ -133,6 +133,7 @@ class RayCluster:
         self._tell = tell
         self._owner = self._found_owner()
         self._find_nodes()
+        self._meet_nodes()
         for run in (self._watch, self._listen):
             thread = threading.Thread(target=run, name=f"optcore-ray{run.__name__}", daemon=True)
             self._threads.append(thread)
@@ -194,13 +195,12 @@ class RayCluster:
     # ---- nodes ----
 
     def _is_well(self, known: _Known) -> bool:
-        patience = self._timeout_s if known.answered else _AGENT_START_S
         now = time.monotonic()
-        return now >= known.doubted_until and now - known.heard_at < patience
+        return now >= known.doubted_until and now - known.heard_at < self._timeout_s
 
     def _doubt(self, known: _Known) -> None:
         """Take a node for lost until it answers again, in a while."""
-        known.heard_at, known.answered = -math.inf, True
+        known.heard_at = -math.inf
         known.doubted_until = time.monotonic() + self._timeout_s
         known.asked = known.agent.usage.remote()
 
@@ -248,9 +248,18 @@ class RayCluster:
             ),
             (node["NodeManagerAddress"], int(node["NodeManagerPort"])),
             agent,
-            heard_at=time.monotonic(),
-            asked=agent.usage.remote(),
+            agent.usage.remote(),
         )
+
+    def _meet_nodes(self) -> None:
+        """Wait for the first answers, so that it is known at once what can be asked for."""
+        end = time.monotonic() + _AGENT_START_S
+        while time.monotonic() < end and any(
+            one.heard_at == -math.inf and one.refusals < _REFUSALS for one in self._known.values()
+        ):
+            self._knock()
+            self._hear_nodes()
+            time.sleep(0.05)
 
     def _knock(self) -> None:
         """Find the nodes whose raylet is gone: other processes of theirs still answer for seconds."""
@@ -281,10 +290,6 @@ class RayCluster:
                     continue
                 if heard:
                     one.benchmark, one.usage, one.heard_at = benchmark, usage, time.monotonic()
-                elif not one.answered:
-                    # It is given the time of the others from now on, not that of a start.
-                    one.heard_at = time.monotonic()
-                one.answered = True
                 one.asked = one.agent.usage.remote()
 
     # ---- attempts ----
