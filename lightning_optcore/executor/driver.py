@@ -17,7 +17,7 @@ from typing import Any
 
 from lightning_optcore.executor.backend import Backend, Node
 from lightning_optcore.executor.queue import Ended, JobQueue, JobRecord
-from lightning_optcore.executor.resources import Resources
+from lightning_optcore.executor.resources import Resources, ResourcesError, check_some_node_fits
 from lightning_optcore.executor.running import Order, Outcome
 from lightning_optcore.executor.scheduling import Durations, Offer, Scheduling, Waiting, speeds, starts
 from lightning_optcore.executor.work import Work
@@ -277,6 +277,11 @@ class Driver:
         rank = self.scheduling.rank(record.priority, submitted)
         avoids = frozenset(one.node for one in record.attempts if self._avoids(one.status))
         self._waiting[record.id] = record, Waiting(record.id, rank, record.resources, submitted, avoids)
+        try:
+            check_some_node_fits(record.resources, [(node.name, node.has) for node in self._nodes.values()])
+        except ResourcesError as error:
+            # It was submitted when nobody drove, or to other nodes; one that can hold it may still come.
+            log.warning("job %d (%s) waits until there is a node for it: %s", record.id, record.work.kind, error)
 
     def _start_what_fits(self) -> None:
         if not self._waiting or self._winding_down.is_set():

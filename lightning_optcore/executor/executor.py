@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import math
 import pickle
 import tempfile
@@ -23,6 +24,8 @@ from lightning_optcore.store_database import without_passwords
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+log = logging.getLogger(__name__)
 
 # How often a handle looks into the store, of a queue that another process drives.
 _POLL_S = 0.1
@@ -220,11 +223,7 @@ class Executor:
         """
         if self._closed:
             raise ExecutorError("submit: this executor is closed")
-        for name, value, least in (("timeout_s", timeout_s, 0), ("max_retries", max_retries, -1)):
-            if value is not None and not value > least:
-                raise ExecutorError(f"{name}={value!r}: expected a number above {least}")
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise ExecutorError(f"priority={priority!r}: expected a whole number")
+        check_options(priority, timeout_s, max_retries)
         what = work_of(work, kind)
         if what.named is not None and without_passwords(what.named) != what.named:
             raise WorkError(
@@ -247,7 +246,9 @@ class Executor:
             max_retries=max_retries,
             timeout_s=timeout_s,
         )
-        if new and self.driver is not None:
+        if not new:
+            self._warn_if_other_work(number, what)
+        elif self.driver is not None:
             self.driver.submitted(number, what)
         handle = JobHandle(self, number)
         self._submitted.append(handle)
@@ -334,6 +335,14 @@ class Executor:
         if self._temporary is not None:
             self._temporary.cleanup()
 
+    def _warn_if_other_work(self, number: int, what: Work) -> None:
+        before = self.queue.job(number)
+        if (before.work.named, before.work.kind) != (what.named, what.kind):
+            log.warning(
+                "key=%r is that of job %d (%s), which runs other work: that one is kept", before.key, number,
+                before.work.kind,
+            )  # fmt: skip
+
     def _nodes_there_are(self) -> list[tuple[str, Resources]]:
         """Return the nodes of whoever drives; where nobody does, none are known."""
         if self.driver is not None:
@@ -353,6 +362,22 @@ class Executor:
         if known is None:
             return asked, None
         return Resources.of({**known.to_dict(), **dict(given or {})}), None
+
+
+def check_options(priority: Any, timeout_s: Any, max_retries: Any) -> None:
+    """Refuse options of a job that are out of range.
+
+    Raises:
+        ExecutorError: With the option, its value, and what would be right.
+    """
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise ExecutorError(f"priority={priority!r}: expected a whole number")
+    if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+        raise ExecutorError(f"max_retries={max_retries!r}: expected a whole number, 0 or more")
+    if timeout_s is None:
+        return
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+        raise ExecutorError(f"timeout_s={timeout_s!r}: expected a number above 0")
 
 
 def estimated(

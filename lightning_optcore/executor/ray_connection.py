@@ -90,4 +90,6 @@ def _mended(error: Exception) -> str:
             "the cluster wants its token: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, or put it into ~/.ray/auth_token "
             f"({type(error).__name__}: {text[:200]})"
         )
-    return f"{type(error).__name__}: {text[:500]}"
+    if isinstance(error, ConnectionError) and os.environ.get("RAY_AUTH_MODE") == "token":
+        text += "; is the token of this process (RAY_AUTH_TOKEN, ~/.ray/auth_token) that of the cluster?"
+    return f"{type(error).__name__}: {text[-500:]}"

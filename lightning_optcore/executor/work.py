@@ -76,8 +76,8 @@ def work_of(given: Callable[..., Any] | Sequence[str], kind: str | None = None) 
         >>> work_of(["train", "model=mlp", "model.width=8"]).kind
         'train model=mlp'
     """
-    if isinstance(given, Sequence) and given and all(isinstance(word, str) for word in given):
-        words = [given] if isinstance(given, str) else list(given)
+    if isinstance(given, Sequence) and not isinstance(given, str) and given and all(isinstance(w, str) for w in given):
+        words = list(given)
         return Work(kind or kind_of_command(words), {"command": words, "directory": os.getcwd()})  # noqa: PTH109
     if not callable(given):
         raise WorkError(f"{given!r:.100}: expected a function, or the words of a command: ['train', 'model.width=8']")

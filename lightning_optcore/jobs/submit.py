@@ -15,7 +15,8 @@ from rich.console import Console
 from sqlalchemy.engine import make_url
 
 from lightning_optcore.executor.display import driven_by, live, told
-from lightning_optcore.executor.executor import Executor, ExecutorError, JobHandle
+from lightning_optcore.executor.executor import Executor, ExecutorError, JobHandle, check_options
+from lightning_optcore.executor.resources import Resources
 from lightning_optcore.jobs.needs import kind_of, likely_needs_in, processors_of
 from lightning_optcore.jobs.queueing import executor_of, store_target
 from lightning_optcore.store import StoreError
@@ -32,14 +33,18 @@ def run(config: DictConfig) -> None:
     if not isinstance(config.wait, bool):
         raise ExecutorError(f"wait={config.wait!r}: expected true or false")
     store = store_target(config, must_exist=False)
+    # Before a driver begins, which would start what waits already.
+    check_options(config.priority, config.timeout_s, config.max_retries)
     words, composed = command(config, store)
+    resources = _resources(config, composed)
+    Resources.of(resources)
     console = Console(highlight=False, soft_wrap=True)
     executor = _executor(config, store)
     try:
         handle = executor.submit(
             words,
             priority=config.priority,
-            resources=_resources(config, composed),
+            resources=resources,
             key=config.key,
             kind=kind_of(words),
             timeout_s=config.timeout_s,

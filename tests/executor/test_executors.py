@@ -204,6 +204,10 @@ def test_wrong_words_are_refused(make: MakeExecutor) -> None:
     executor = make()
     with pytest.raises(WorkError, match=r"expected a function, or the words of a command"):
         executor.submit(7)  # type: ignore[arg-type]
+    with pytest.raises(WorkError, match=r"'train': expected a function, or the words of a command"):
+        executor.submit("train")
+    with pytest.raises(ExecutorError, match=r"max_retries='two': expected a whole number"):
+        executor.submit(work_to_do.fail, max_retries="two")  # type: ignore[arg-type]
     with pytest.raises(ExecutorError, match=r"timeout_s=0"):
         executor.submit(work_to_do.fail, timeout_s=0)
     with pytest.raises(ExecutorError, match=r"priority=1.5: expected a whole number"):
@@ -228,13 +232,16 @@ def test_code_that_is_not_there(make: MakeExecutor) -> None:
         JobHandle(executor, number).result(WAIT)
 
 
-def test_a_key_makes_it_the_same_job(make: MakeExecutor, tmp_path: Path) -> None:
+def test_a_key_makes_it_the_same_job(make: MakeExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     executor = make()
     again = [executor.submit(partial(work_to_do.note, str(tmp_path), "once"), key="a") for _ in range(3)]
     assert len({job.id for job in again}) == 1
     assert again[2].result(WAIT) == "once"
     assert executor.submit(partial(work_to_do.note, str(tmp_path), "once"), key="a").result(WAIT) == "once"
     assert len(work_to_do.notes(tmp_path)) == 2
+    assert "key=" not in caplog.text
+    executor.submit(partial(work_to_do.note, str(tmp_path), "other"), key="a")
+    assert "key='a' is that of job 1 (work_to_do:note), which runs other work: that one is kept" in caplog.text
 
 
 def test_what_a_kind_needs_is_learnt(make: MakeExecutor) -> None:
@@ -338,3 +345,14 @@ def test_a_store_that_cannot_be_written_for_a_while_loses_nothing(tmp_path: Path
         executor.store.writing = refuse  # type: ignore[method-assign]
         assert job.result(WAIT) == "a" and job.attempts == 1
         assert executor.submit(partial(pow, 2, 2)).result(WAIT) == 4
+
+
+def test_what_no_node_can_hold_is_told_by_the_driver(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with LocalExecutor(store=tmp_path / "jobs.db", drive=False) as nobody:
+        nobody.submit(partial(pow, 2, 2), resources={"cpu": 64})
+        nobody._submitted.clear()
+    with LocalExecutor({"cpu": 1}, store=tmp_path / "jobs.db") as executor:
+        (job,) = executor.jobs()
+        assert executor.wait([job], 1.0) == [job]
+        assert "job 1 (builtins:pow) waits until there is a node for it: resources: no node has cpu=64" in caplog.text
+        job.cancel()
