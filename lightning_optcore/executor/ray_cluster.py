@@ -124,12 +124,14 @@ class RayCluster:
         self._tell: Tell = lambda job, attempt, outcome: None
         # What this driver started or adopted and was not told of yet, with its node.
         self._open: dict[tuple[int, int], str] = {}
+        self._connected = False
         self._owner: Any = None
         self._threads: list[threading.Thread] = []
 
     def open(self, tell: Tell) -> None:
         """Connect, and find the nodes."""
         connect(self._address)
+        self._connected = True
         self._tell = tell
         self._owner = self._found_owner()
         self._find_nodes()
@@ -175,9 +177,11 @@ class RayCluster:
 
     def close(self, *, abandon: bool) -> None:
         """End the actors, and with them what runs."""
+        self._closing.set()
+        if not self._connected:
+            return
         import ray
 
-        self._closing.set()
         if not ray.is_initialized():
             return
         with contextlib.suppress(Exception):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ def machine_usage() -> dict[str, float]:
     }
     with _nvml() as nvml:
         if nvml is not None:
-            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-            if handles:
+            # Not every GPU tells how busy it is.
+            with contextlib.suppress(nvml.NVMLError):
+                handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
                 busy = [float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu) for handle in handles]
-                usage["gpu_percent"] = sum(busy) / len(busy)
+                if busy:
+                    usage["gpu_percent"] = sum(busy) / len(busy)
     return usage
 
 
@@ -49,18 +52,16 @@ def benchmark(seconds: float = 0.05) -> float:
 
 
 @contextlib.contextmanager
-def _nvml() -> Any:
+def _nvml() -> Iterator[Any]:
     """Give NVML, or ``None`` where there is no driver of NVIDIA's."""
-    try:
-        import pynvml
+    import pynvml
 
+    try:
         pynvml.nvmlInit()
-    except Exception:
+    except pynvml.NVMLError:
         yield None
         return
     try:
         yield pynvml
-    except pynvml.NVMLError:
-        yield None
     finally:
         pynvml.nvmlShutdown()

@@ -16,7 +16,7 @@ from sqlalchemy.engine import make_url
 
 from lightning_optcore.executor.display import driven_by, live, told
 from lightning_optcore.executor.executor import Executor, ExecutorError, JobHandle, check_options
-from lightning_optcore.executor.resources import Resources
+from lightning_optcore.executor.resources import Resources, ResourcesError
 from lightning_optcore.jobs.needs import kind_of, likely_needs_in, processors_of
 from lightning_optcore.jobs.queueing import executor_of, store_target
 from lightning_optcore.store import StoreError
@@ -41,15 +41,20 @@ def run(config: DictConfig) -> None:
     console = Console(highlight=False, soft_wrap=True)
     executor = _executor(config, store)
     try:
-        handle = executor.submit(
-            words,
-            priority=config.priority,
-            resources=resources,
-            key=config.key,
-            kind=kind_of(words),
-            timeout_s=config.timeout_s,
-            max_retries=config.max_retries,
-        )
+        try:
+            handle = executor.submit(
+                words,
+                priority=config.priority,
+                resources=resources,
+                key=config.key,
+                kind=kind_of(words),
+                timeout_s=config.timeout_s,
+                max_retries=config.max_retries,
+            )
+        except ResourcesError:
+            # Which nodes there are is known only to a driver, and this one may have begun what waited.
+            _end_well(executor, console)
+            raise
         console.print(f"job {handle.id}: optcore {' '.join(words)}", markup=False)
         if not config.wait:
             console.print(_who_drives(executor, config), markup=False)

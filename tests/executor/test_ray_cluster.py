@@ -334,6 +334,8 @@ def test_nobody_is_there_or_ray_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ExecutorError, match=r"needs Ray: pip install 'lightning-optcore\[cluster\]'"):
         connect("127.0.0.1:1")
+    with pytest.raises(ExecutorError, match=r"needs Ray: pip install 'lightning-optcore\[cluster\]'"):
+        RayExecutor()
 
 
 def test_health_checks_out_of_range() -> None:

@@ -202,6 +202,15 @@ def test_jobs_of_others_that_run_here_come_to_their_end(store):
     assert [record.status for record in jobs_of(store)] == ["done", "queued"], "it waits for the next driver"
 
 
+@pytest.mark.parametrize("words", [["resources={cpu:64}"], ["priority=high", GIVEN]])
+def test_one_that_is_refused_costs_others_nothing(optcore, store, words):
+    handed_in(store, partial(time.sleep, 1.5))
+    assert optcore("submit", "job=report", *words).returncode == 1
+    (other,) = jobs_of(store)
+    # Where it was driven at all, it was not interrupted.
+    assert [one.status for one in other.attempts] in ([], ["done"]) and other.status in ("queued", "done")
+
+
 def test_on_a_terminal_the_tables_are_alone(tmp_path, store):
     handed_in(store, partial(print, "said by the job"), partial(time.sleep, 1))
     command = [sys.executable, "-m", "lightning_optcore.cli", "jobs", "serve=true", "drain=true"]
