@@ -325,13 +325,11 @@ class MagnitudePruning(Callback):
     def _prune(self, trainer: Any, pl_module: Any, progress: float) -> None:
         weights = prunable_weights(pl_module, self.ignore)
         share = self.target_sparsity * cubic(progress)
-        if self.pattern == "2:4" and progress < 1:
-            # Two in four has no halfway: before the end, the smallest weights anywhere go.
-            self._masks = _masks(weights, share, "unstructured", self.scope)
-        else:
-            self._masks = _masks(weights, share, self.pattern, self.scope)
+        # Two in four has no halfway: before the end, the smallest weights anywhere go.
+        pattern = "unstructured" if self.pattern == "2:4" and progress < 1 else self.pattern
+        self._masks = _masks(weights, share, pattern, self.scope)
         self._progress = progress
-        self._keep(trainer, pl_module)
+        self._apply(trainer, pl_module)
         self.sparsity = sparsity(weights)
         ledger = ledger_of(pl_module)
         self._key = self._key or free_key(ledger, STEP)
@@ -339,13 +337,19 @@ class MagnitudePruning(Callback):
         ledger.record(self._key, Step(STEP, {**parameters, "sparsity": self.sparsity}))
 
     def _keep(self, trainer: Any, pl_module: Any) -> None:
-        if not self._masks:
-            return
+        if self._masks and self._fits(pl_module):
+            self._apply(trainer, pl_module)
+        elif self._masks:
+            # Another technique changed the layers: its weights are ranked anew, as many are zero as before.
+            self._prune(trainer, pl_module, self._progress)
+
+    def _fits(self, pl_module: Any) -> bool:
+        shapes = {name: parameter.shape for name, parameter in pl_module.named_parameters()}
+        return all(shapes.get(name) == mask.shape for name, mask in self._masks.items())
+
+    def _apply(self, trainer: Any, pl_module: Any) -> None:
         parameters = dict(pl_module.named_parameters())
-        for name, mask in self._masks.items():
-            # Where another technique cut the layer, the zeros that are left stay.
-            fits = mask.shape == parameters[name].shape
-            self._masks[name] = mask.to(parameters[name].device) if fits else parameters[name] != 0
+        self._masks = {name: mask.to(parameters[name].device) for name, mask in self._masks.items()}
         for module in (pl_module, *averaged_models(trainer)):
             apply_masks(module, self._masks)
 

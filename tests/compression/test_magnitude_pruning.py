@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_optcore.callbacks import (
     KnowledgeDistillation,
+    LowRankFactorization,
     MagnitudePruning,
     PostTrainingQuantization,
     StructuredPruning,
@@ -90,6 +91,19 @@ def test_the_true_sparsity_is_logged_and_kept(make_trainer, tmp_path, average):
     assert not any("mask" in name or "orig" in name for name in model.state_dict()), "plain tensors, nothing wrapped"
     # An average over a hundred steps is hardly trained.
     assert average or float(trainer.callback_metrics["val/acc"]) > 0.8
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("technique", "more"), [(StructuredPruning, {}), (LowRankFactorization, {"faster": False})], ids=["cut", "factored"]
+)
+def test_layers_that_another_technique_changes_get_zeros_again(make_trainer, technique, more, order):
+    model = MLP(width=64, depth=2)
+    callbacks = [technique(target_params=0.6, start_epoch=1, **more), MagnitudePruning(0.4)]
+    make_trainer(*callbacks[::order], max_epochs=2).fit(model, Digits())
+    assert callbacks[1].sparsity == pytest.approx(0.4, abs=1e-3)
+    (step,) = [step for step in recipe_of(model).steps if step.name == "magnitude_pruning"]
+    assert step.parameters["sparsity"] == pytest.approx(0.4, abs=1e-3)
 
 
 def test_resuming_is_the_same_run(make_trainer, tmp_path):
