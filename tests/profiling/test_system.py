@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_optcore.profiling.system import NvmlReader, ProcReader, PsutilReader, Sampler, cgroup_files
+from lightning_optcore.profiling.cgroups import cgroup_files
+from lightning_optcore.profiling.system import Sampler
+from lightning_optcore.profiling.system_readers import NvmlReader, ProcReader, PsutilReader, new_row
 
 
 def busy() -> None:
@@ -54,22 +56,26 @@ def test_old_samples_are_overwritten():
 
 def test_workers_count_and_their_time_is_not_lost_when_they_end():
     reader = ProcReader()
-    row = [0.0] * 40
+    row = new_row()
+
+    def look() -> None:
+        reader.fill(row, reader.glance(time.perf_counter_ns()))
+
     worker = multiprocessing.get_context("fork").Process(target=busy, daemon=True)
     worker.start()
     try:
         time.sleep(0.3)
         reader.seldom(row)
-        reader.often(row)
+        look()
         assert row[9] == 1
         used = row[10]
         assert used > 0.05
     finally:
         worker.kill()
         worker.join()
-    reader.often(row)
+    look()
     reader.seldom(row)
-    reader.often(row)
+    look()
     assert row[9] == 0
     assert row[10] >= used
     reader.close()
