@@ -236,14 +236,24 @@ def _trainer(**settings: Any) -> Trainer:
 
 
 def sampler(options: argparse.Namespace) -> None:
-    """Take the CPU time of the sampler's thread and of its ticks in a busy thread, with and without workers."""
+    """Take the CPU time of the sampler's thread and of its ticks in a busy thread, with and without workers.
+
+    Memory and the machine are read ever more seldom, until a minute and a half has gone by.
+    """
 
     class Measured(Sampler):
         cpu = 0.0
         inline = 0.0
 
+        def _write_waiting(self) -> None:
+            super()._write_waiting()
+            self._look()
+
         def _sample(self, seldom: bool) -> None:
             super()._sample(seldom)
+            self._look()
+
+        def _look(self) -> None:
             if current_thread().name == "optcore-sampler":
                 self.cpu = time.thread_time()
 
@@ -254,25 +264,28 @@ def sampler(options: argparse.Namespace) -> None:
             measured = Measured(0.1)
             measured.start()
             measured.relax()
+            spent = [0.0]
             start = time.perf_counter()
-            while time.perf_counter() - start < 20:
-                for _ in range(10):  # a step of some milliseconds
-                    matrix @ matrix
-                if time.perf_counter_ns() >= measured.due:
-                    before = time.thread_time()
-                    measured.tick()
-                    measured.inline += time.thread_time() - before
-            seconds, cpu = time.perf_counter() - start, measured.cpu + measured.inline
+            for seconds in (20, 90, 150):
+                while time.perf_counter() - start < seconds:
+                    for _ in range(10):  # a step of some milliseconds
+                        matrix @ matrix
+                    if time.perf_counter_ns() >= measured.due:
+                        before = time.thread_time()
+                        measured.tick()
+                        measured.inline += time.thread_time() - before
+                spent.append(measured.cpu + measured.inline)
             measured.close()
-        rows.append((f"{count} workers", f"{100 * cpu / seconds:.3f}%", f"{measured.samples}", f"{measured.dropped}"))
-    _print(("sampler at 10 Hz", "of a core", "samples", "dropped"), rows)
+        shares = [100 * (spent[1] - spent[0]) / 20, 100 * (spent[3] - spent[2]) / 60]
+        rows.append((f"{count} workers", *(f"{s:.3f}%" for s in shares), f"{measured.samples}", f"{measured.dropped}"))
+    _print(("sampler at 10 Hz", "of a core, first 20 s", "after 90 s", "samples", "dropped"), rows)
 
 
 def neighbours_as_workers(count: int) -> Any:
     """Return idle child processes that multiprocessing knows, as it knows a loader's workers."""
     stack = ExitStack()
     for _ in range(count):
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
         child.start()
         stack.callback(child.join)
         stack.callback(child.kill)
