@@ -60,6 +60,8 @@ JUDGED = 2_500
 SECONDS, TRAINING_SEEDS, FINALISTS, ROUNDS = 240.0, (0, 1), 3, 200
 # Accuracies of a trial: one that is worth nothing, and about the best.
 LEAST, BEST = 0.82, 0.89
+# What is less accurate in a trial of ours, or costs more than half of the CNN, is worth nothing.
+LEAST_OF_OURS = 0.85
 # The least milliseconds and bytes of the space, and about those of the CNN: more than these is worth nothing.
 LEAST_COSTS, CNN_COSTS = (0.08, 4e3), (1.3, 1.2e6)
 EXAMPLE = torch.zeros(1, 1, 28, 28)
@@ -282,8 +284,7 @@ def ours(seed: int, seconds: float) -> list[Any]:
     strategy = partial(
         nas.AdaptiveEvolution,
         known_costs=lambda architecture: dict(enumerate(known(architecture), start=1)),
-        effort=lambda architecture: 10 ** known(architecture)[0] + 0.15,
-        worst=[LEAST, *map(math.log10, CNN_COSTS)],
+        worst=[LEAST_OF_OURS, *half_of_cnn()],
         counted=20,
         generations=10_000,
     )
@@ -385,9 +386,8 @@ def competing(searches: Mapping[str, Sequence[Any]]) -> dict[str, Architecture |
     """Return what competes: both rivals by name, and what of our front does against each, with a number."""
     best = max(searches["NNI"], key=lambda trial: scalarised(trial[1], trial[2]))
     front = front_of(searches["ours"])
-    half = [cost - math.log10(2) for cost in costs_of_cnn()]
     nets: dict[str, Architecture | None] = {"CNN": None, "NNI": best[0]}
-    for rival, limits in (("CNN", half), ("NNI", best[2])):
+    for rival, limits in (("CNN", half_of_cnn()), ("NNI", best[2])):
         nets |= {f"{rival} {i}": one[0] for i, one in enumerate(within(front, limits)[:FINALISTS])}
     return nets
 
@@ -396,6 +396,11 @@ def costs_of_cnn() -> Costs:
     """Return the logarithms of what the hand-made network is predicted to cost, and of its bytes."""
     known = nas.Constraints({}, lambda _: CNN(), EXAMPLE, latency=latency_table().predict).costs({})
     return math.log10(known["latency_ms"]), math.log10(known["size_bytes"])
+
+
+def half_of_cnn() -> list[float]:
+    """Return the logarithms of half of that."""
+    return [cost - math.log10(2) for cost in costs_of_cnn()]
 
 
 def measured(nets: Mapping[str, Architecture | None]) -> dict[str, dict[str, float]]:
