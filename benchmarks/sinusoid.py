@@ -46,7 +46,8 @@ class Trained:
 FIRST_AND_LAST = {"query_loss_weights": (1.0, 0.0, 0.0, 0.0, 1.0)}
 SINUSOID = {
     "MAML, 1 step, K=10": Trained(tasks=40, validated=True),
-    "MAML, 1 step, K=5": Trained(shots=5),
+    "MAML, 1 step, K=10, not validated": Trained(),
+    "MAML, 1 step, K=5, not validated": Trained(shots=5),
     "FOMAML, 1 step, K=10": Trained(options={"first_order": True}),
     "ANIL, 1 step, K=10": Trained(options={"adapts": lambda name: name.startswith("4.")}),
     "Meta-SGD, 1 step, K=10": Trained(rates="shared"),

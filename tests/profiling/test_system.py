@@ -44,6 +44,46 @@ def test_it_can_be_switched_off_and_on():
     assert sampler.failures == {}
 
 
+def test_ticks_are_samples_for_whoever_looks_next():
+    sampler = Sampler(interval=0.01)
+    sampler.start()
+    sampler.relax()
+    ticks = 0
+    for _ in range(30):
+        time.sleep(0.011)
+        if time.perf_counter_ns() >= sampler.due:
+            sampler.tick()
+            ticks += 1
+    table = sampler.table()
+    sampler.close()
+    assert ticks > 10
+    assert ticks < len(table["time"]) <= sampler.samples
+    assert (table["time"][1:] > table["time"][:-1]).all()
+    assert (table["cpu"][1:] >= table["cpu"][:-1]).all()
+
+
+class Broken:
+    """Fails between two steps, and when it is asked for what moves slowly."""
+
+    def glance(self, now):
+        raise OSError("gone")
+
+    fill = seldom = glance
+
+    def close(self):
+        pass
+
+
+def test_a_source_that_fails_costs_neither_the_run_nor_the_others():
+    sampler = Sampler(interval=0.01, readers=[Broken(), PsutilReader()])
+    sampler.start()
+    sampler.tick()
+    time.sleep(0.05)
+    sampler.close()
+    assert sampler.failures == {"Broken": "OSError: gone"}
+    assert sampler.table()["rss"][-1] > 1e6
+
+
 def test_old_samples_are_overwritten():
     sampler = Sampler(interval=0.01, capacity=5)
     sampler.start()
