@@ -150,13 +150,20 @@ class AdaptiveEvolution(Evolutionary):
 
     def _affordable(self, points: list[Params]) -> list[Params]:
         """Return the points that cost less than what is worth nothing, and of these those of the least effort."""
-        if self.worst is not None:
-            known = [self._known(params).items() for params in points]
-            worth = [all(not value >= self.worst[j] for j, value in costs) for costs in known]
-            points = [params for params, is_worth in zip(points, worth, strict=True) if is_worth] or points
+        points = [points[i] for i in self._worth_trying(points)]
         if self.effort is not None:
             points = sorted(points, key=self.effort)[: -(-len(points) // _CHEAP)]
         return points
+
+    def _worth_trying(self, points: Sequence[Params]) -> list[int]:
+        """Return which points are known to cost less than what is worth nothing; all, where none does."""
+        everyone = list(range(len(points)))
+        if self.worst is None:
+            return everyone
+        worst = self.worst
+        return [
+            i for i in everyone if all(not value >= worst[j] for j, value in self._known(points[i]).items())
+        ] or everyone
 
     def _children(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         children, operators = super()._children(count)
@@ -170,6 +177,7 @@ class AdaptiveEvolution(Evolutionary):
         waiting = [candidate.params for candidate in self.pending]
         listed = [self.space.decode(genome) for genome in children]
         rows = self._counted_rows(waiting, listed, count)
+        rows = rows[self._worth_trying([listed[i] for i in rows])]
         listed = [listed[i] for i in rows]
         reached, mean, deviation, learned = self._judged(waiting, listed)
         bounds = mean - self.exploration * deviation

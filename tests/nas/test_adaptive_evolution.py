@@ -197,6 +197,19 @@ def test_what_is_known_to_be_worth_nothing_is_not_tried():
     assert max(costs_of(worst=[10, 40])) <= 40
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_costs_too_much_is_not_tried_even_where_nothing_adds_to_the_front(seed):
+    space = Space({f"width{i}": "choice(1,2,4,8,16,32,64,128)" for i in range(4)})
+    searcher = AdaptiveEvolution(
+        space, DIRECTIONS, seed=seed, known_costs=lambda params: {1: sum(params.values())}, worst=[9.0, 60.0]
+    )
+    for _ in range(40):
+        (candidate,) = searcher.ask()
+        cost = sum(candidate.params.values())
+        assert cost < 60
+        searcher.tell(candidate, [sum(width**0.5 for width in candidate.params.values()), cost])
+
+
 def test_the_effort_is_saved():
     def effort(params):
         return 1.0 + 20 * (params["layer0"] == "large")
