@@ -81,6 +81,8 @@ class Sampler:
             return
         if self._readers is None:
             self._readers = system_readers()
+        # While it was off nothing was dropped.
+        self._row[0] = perf_counter()
         self._sample(seldom=True)
         self._thread = threading.Thread(target=self._run, name="optcore-sampler", daemon=True)
         self._thread.start()
