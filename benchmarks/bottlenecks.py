@@ -134,12 +134,6 @@ def _sort_text(index: int) -> None:
         sorted(str(i * 7919 % 1009) for i in range(400))
 
 
-def _sort_much_text(index: int) -> None:
-    # For a worker beside the training: of less, it makes a batch within a step where cores are quick.
-    for _ in range(2):
-        _sort_text(index)
-
-
 def _wait_for_socket(index: int) -> None:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -442,7 +436,7 @@ CASES: dict[tuple[str, str], Callable[[str], Case]] = {
     ("data.workers", "a"): lambda _: _case(
         loader=loader_of(Samples(before=lambda _: time.sleep(0.0006)), num_workers=1, persistent_workers=True)
     ),
-    ("data.workers", "b"): lambda _: _case(loader=loader_of(Samples(before=_sort_much_text), num_workers=1)),
+    ("data.workers", "b"): lambda _: _case(loader=loader_of(Samples(before=_sort_text), num_workers=1)),
     ("data.disk", "a"): lambda _: _case(loader=loader_of(Samples(before=_DiskFile(direct=True)))),
     ("data.disk", "b"): lambda _: _case(loader=loader_of(Samples(before=_DiskFile(direct=False)), shuffle=False)),
     ("data.collate", "a"): lambda _: _case(loader=loader_of(collate_fn=_slow_collate)),

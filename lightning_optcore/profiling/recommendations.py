@@ -204,9 +204,9 @@ def _range(gain: float) -> tuple[float, float]:
     """Return the gain to expect where Amdahl's law says ``gain``.
 
     At the low end half of it, in the logarithm. At the high end more than it: what is taken out no longer empties the
-    caches for the rest of the step (up to half more, in the logarithm, in ``benchmarks/profiling.py`` on two machines).
+    caches for the rest of the step (up to a third more, in the logarithm, in ``benchmarks/profiling.py``).
     """
-    return math.sqrt(gain), gain**1.5
+    return math.sqrt(gain), gain**1.35
 
 
 _ADVICE: dict[str, Callable[[Finding, Evidence, RunFacts], list[Advice]]] = {
