@@ -31,6 +31,7 @@ from lightning_optcore.compression.export import export_onnx
 from lightning_optcore.compression.quantization import post_training_quantize
 
 LENGTH = 32
+VERSIONS = ("torch", "transformers", "onnxruntime", "nncf", "openvino")
 # English sentences that every Python carries: the standard library's documentation.
 MODULES = (
     "argparse asyncio collections csv datetime decimal email fractions functools heapq http.client json "
@@ -69,7 +70,9 @@ def main() -> None:
     batches = {name: [tokens(found[start : start + 32]) for start in starts] for name, starts in unseen.items()}
 
     def compressed(**settings: Any) -> Any:
-        return post_training_quantize(encoder, calibration, scheme="dynamic", **settings).model
+        return post_training_quantize(encoder, calibration, **{"scheme": "dynamic", **settings}).model
+
+    for_openvino = {"backend": "openvino", "scheme": "static"}
 
     models = {
         "ONNX Runtime fp32": export_onnx(encoder, calibration[0]),
@@ -78,6 +81,9 @@ def main() -> None:
         "8-bit weights, 4-bit embeddings": compressed(embedding_bits=4),
         "the same, reduce_range=False": compressed(embedding_bits=4, reduce_range=False),
         "4-bit weights, 4-bit embeddings": compressed(weight_bits=4, embedding_bits=4),
+        "NNCF + OpenVINO, as for any graph": plain_openvino(encoder, calibration),
+        "8-bit weights, OpenVINO": compressed(**for_openvino),
+        "8-bit weights, 4-bit emb., OpenVINO": compressed(**for_openvino, embedding_bits=4),
     }
     taken = measure_alternatives(models, calibration[0], batch_sizes=(1, 32), num_threads=1, rounds=options.rounds)
     fp32 = taken["ONNX Runtime fp32"]
@@ -89,7 +95,7 @@ def main() -> None:
         cosines = [f"{agreement(encoder, model, held_out):.4f}" for held_out in batches.values()]
         table.add_row(name, f"{taken[name].size_bytes / 1e6:.2f}", *cosines, *speed)
     Console(width=150).print(table)
-    print("versions:", ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "onnxruntime")))
+    print("versions:", ", ".join(f"{n} {version(n)}" for n in VERSIONS))
     print(fp32.hardware)
 
 
@@ -149,6 +155,19 @@ def plain_dynamic(encoder: SentenceEncoder, example: dict[str, Tensor]) -> Any:
         quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
         quantize_dynamic(str(ready), str(target), per_channel=True)
         return OnnxModel(target.read_bytes(), exported.signature)
+
+
+def plain_openvino(encoder: SentenceEncoder, calibration: list[dict[str, Tensor]]) -> Any:
+    """NNCF's own post-training quantization with its defaults."""
+    import nncf
+
+    from lightning_optcore.compression.onnx_model import OnnxModel
+    from lightning_optcore.measurement.inputs import Inputs
+
+    exported = export_onnx(encoder, calibration[0])
+    feeds = [exported.feeds(Inputs.of(batch)) for batch in calibration]
+    made = nncf.quantize(exported.proto, nncf.Dataset(feeds))
+    return OnnxModel(made.SerializeToString(), exported.signature, runtime="openvino")
 
 
 if __name__ == "__main__":

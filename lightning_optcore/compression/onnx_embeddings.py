@@ -10,7 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lightning_optcore.compression.onnx_model import OnnxModel
-from lightning_optcore.compression.rounding import SCALE_FACTORS, embedding_block
+from lightning_optcore.compression.rounding import EMBEDDING_BLOCKS, SCALE_FACTORS, embedding_block
+
+_SHORTEST_BLOCK = min(EMBEDDING_BLOCKS)
 
 
 def embedding_nodes(model: OnnxModel) -> list[str]:
@@ -23,49 +25,98 @@ def embedding_nodes(model: OnnxModel) -> list[str]:
     ]
 
 
-def with_int4_embeddings(model: OnnxModel, nodes: Sequence[str] | None = None) -> OnnxModel:
+def with_int4_embeddings(
+    model: OnnxModel, nodes: Sequence[str] | None = None, *, standard_operators: bool = False
+) -> OnnxModel:
     """Store the embeddings of a model in 4 bits, in blocks along a row, each with the scale of least squared error.
-
-    The tables are looked up by ONNX Runtime's ``GatherBlockQuantized``, which unpacks the rows that are asked for.
 
     Args:
         model: A model in floating point, or with other layers quantized.
         nodes: Names of the look-ups to change, out of :func:`embedding_nodes`; by default all.
+        standard_operators: Unpack the rows that are asked for with operators of the ONNX standard, which every runtime
+            has, and not with ONNX Runtime's own ``GatherBlockQuantized``. Blocks are half as long then, with scales
+            in half precision, which ``GatherBlockQuantized`` takes for half-precision outputs only.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     tables = {tensor.name: tensor for tensor in proto.graph.initializer}
     chosen = set(embedding_nodes(model) if nodes is None else nodes)
-    changed = []
+    look_up = _standard_look_up if standard_operators else _contributed_look_up
+    changed: list[onnx.NodeProto] = []
+    added: dict[str, TensorProto] = {}
     for node in proto.graph.node:
         if node.name not in chosen:
             changed.append(node)
             continue
-        name = node.input[0]
-        block = _block_of(tables[name])
+        table = tables[node.input[0]]
+        block = _block_of(table)
         assert block is not None
-        if f"{name}_int4" not in {tensor.name for tensor in proto.graph.initializer}:
-            numbers, scales = _rounded(numpy_helper.to_array(tables[name]), block)
-            packed = TensorProto(name=f"{name}_int4", data_type=TensorProto.INT4, dims=numbers.shape)
-            packed.raw_data = _packed(numbers)
-            proto.graph.initializer.extend([packed, numpy_helper.from_array(scales, f"{name}_int4_scale")])
-        attributes: dict[str, Any] = {"block_size": block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
-        changed.append(
-            helper.make_node(
-                "GatherBlockQuantized",
-                [f"{name}_int4", node.input[1], f"{name}_int4_scale"],
-                list(node.output),
-                name=node.name,
-                domain="com.microsoft",
-                **attributes,
-            )
-        )
+        nodes_of_look_up, tensors = look_up(node, table, block)
+        changed += nodes_of_look_up
+        added |= {tensor.name: tensor for tensor in tensors}
+    proto.graph.initializer.extend(added.values())
     del proto.graph.node[:]
     proto.graph.node.extend(changed)
-    if not any(opset.domain == "com.microsoft" for opset in proto.opset_import):
+    if not standard_operators and not any(opset.domain == "com.microsoft" for opset in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     _drop_unused_tables(proto.graph)
-    return OnnxModel(proto.SerializeToString(), model.signature)
+    return OnnxModel(proto.SerializeToString(), model.signature, runtime=model.runtime)
+
+
+def _contributed_look_up(
+    node: onnx.NodeProto, table: TensorProto, block: int
+) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    numbers, scales = _rounded(numpy_helper.to_array(table), block)
+    packed = TensorProto(name=f"{table.name}_int4", data_type=TensorProto.INT4, dims=numbers.shape)
+    packed.raw_data = _packed(numbers)
+    scale = numpy_helper.from_array(scales, f"{table.name}_int4_scale")
+    attributes: dict[str, Any] = {"block_size": block, "gather_axis": 0, "quantize_axis": 1, "bits": 4}
+    inputs = [packed.name, node.input[1], scale.name]
+    made = helper.make_node(
+        "GatherBlockQuantized", inputs, list(node.output), name=node.name, domain="com.microsoft", **attributes
+    )
+    return [made], [packed, scale]
+
+
+def _standard_look_up(
+    node: onnx.NodeProto, table: TensorProto, block: int
+) -> tuple[list[onnx.NodeProto], list[TensorProto]]:
+    if block > _SHORTEST_BLOCK:
+        block //= 2
+    numbers, scales = _rounded(numpy_helper.to_array(table), block, np.float16)
+    columns = numbers.shape[1]
+    # A byte holds the numbers of two columns half a row apart, so that a row is put together by one concatenation.
+    halves = (numbers + 8).astype(np.uint8)
+    constants = {
+        "int4": halves[:, : columns // 2] | (halves[:, columns // 2 :] << 4),
+        "int4_scale": scales[..., None],
+        "int4_low": np.array(15, np.uint8),
+        "int4_shift": np.array(4, np.uint8),
+        "int4_zero": np.array(8, np.float32),
+        "int4_blocks": np.array([-1, columns // block, block]),
+        "int4_columns": np.array([columns]),
+        "int4_flat": np.array([-1]),
+    }
+    tensors = {key: numpy_helper.from_array(value, f"{table.name}_{key}") for key, value in constants.items()}
+    made = []
+
+    def step(operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
+        label = f"{node.name}_{operator.lower()}_{len(made)}"
+        names = [tensors[name].name if name in tensors else name for name in inputs]
+        made.append(helper.make_node(operator, names, [output or label], name=label, **attributes))
+        return output or label
+
+    indices = step("Reshape", node.input[1], "int4_flat")
+    pairs = step("Gather", "int4", indices)
+    low = step("BitwiseAnd", pairs, "int4_low")
+    high = step("BitShift", pairs, "int4_shift", direction="RIGHT")
+    row = step("Cast", step("Concat", low, high, axis=-1), to=TensorProto.FLOAT)
+    row = step("Reshape", step("Sub", row, "int4_zero"), "int4_blocks")
+    scale = step("Cast", step("Gather", "int4_scale", indices), to=TensorProto.FLOAT)
+    row = step("Mul", row, scale)
+    shape = step("Concat", step("Shape", node.input[1]), "int4_columns", axis=0)
+    step("Reshape", row, shape, output=node.output[0])
+    return made, list(tensors.values())
 
 
 def with_int8_embeddings(model: OnnxModel) -> OnnxModel:
@@ -121,8 +172,10 @@ def _block_of(table: TensorProto) -> int | None:
     return embedding_block(*table.dims)
 
 
-def _rounded(table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return whole numbers from -8 to 7 and one scale per block."""
+def _rounded(
+    table: np.ndarray, block: int, kept_as: type[np.floating[Any]] = np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return whole numbers from -8 to 7 and one scale per block, in fp32 where ``kept_as`` is too narrow for one."""
     rows, columns = table.shape
     blocks = table.reshape(rows, columns // block, block).astype(np.float32)
     largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
@@ -136,8 +189,12 @@ def _rounded(table: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
         error = np.square(numbers * scale - blocks).sum(-1, keepdims=True)
         best = np.where(error < least, scale, best)
         least = np.minimum(error, least)
-    numbers = np.clip(np.round(blocks / best), -8, 7).astype(np.int8).reshape(rows, columns)
-    return numbers, best[..., 0].astype(np.float32)
+    limits = np.finfo(kept_as)
+    if np.abs(best).min() < limits.tiny or np.abs(best).max() > limits.max:
+        kept_as = np.float32
+    best = best.astype(kept_as)
+    numbers = np.clip(np.round(blocks / best.astype(np.float32)), -8, 7).astype(np.int8).reshape(rows, columns)
+    return numbers, best[..., 0]
 
 
 def _packed(numbers: np.ndarray) -> bytes:

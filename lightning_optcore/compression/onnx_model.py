@@ -123,7 +123,8 @@ class OnnxModel:
         if self.runtime == "openvino":
             return onnx_openvino.open_model(self.content, self.num_threads)
         session = new_session(self.content, self.num_threads)
-        return lambda feeds: session.run(None, feeds)
+        names = [output.name for output in session.get_outputs()]
+        return lambda feeds: session.run(names, feeds)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the open model, which cannot be copied; it is opened again where it is needed."""
@@ -135,10 +136,11 @@ class OnnxModel:
         return onnx.load_from_string(self.content)
 
     @cached_property
-    def _plain_names(self) -> list[str] | None:
-        """Names of the inputs when all are plain tensors: the fast path."""
+    def _plain_inputs(self) -> list[tuple[str, np.dtype[Any]]]:
+        """Names and types of the inputs when all are plain tensors, else none: a small model is as fast as its call."""
         values = list(self.signature.inputs.values())
-        return [v.name for v in values] if all(isinstance(v, TensorSpec) for v in values) else None
+        plain = [(v.name, np.dtype(v.dtype)) for v in values if isinstance(v, TensorSpec)]
+        return plain if len(plain) == len(values) else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
@@ -147,8 +149,11 @@ class OnnxModel:
             ValueError: If the arguments differ from the exported module's in name or structure.
         """
         feeds, as_torch = self._feeds(args, kwargs)
-        outputs = iter(self._run(feeds))
-        return _rebuild(self.signature.output, outputs, as_torch)
+        outputs = self._run(feeds)
+        structure = self.signature.output
+        if isinstance(structure, TensorSpec):
+            return torch.from_numpy(outputs[0]) if as_torch else outputs[0]
+        return _rebuild(structure, iter(outputs), as_torch)
 
     @property
     def num_parameters(self) -> int:
@@ -189,13 +194,18 @@ class OnnxModel:
         return Inputs(kwargs=draw(self.signature.inputs))
 
     def _feeds(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], bool]:
-        names = self._plain_names
-        if names is not None and len(args) == len(names) and not kwargs:
-            given: dict[str, Any] = dict(zip(self.signature.inputs, args, strict=True))
-        else:
-            given = self._bind(args, kwargs)
         feeds: dict[str, np.ndarray] = {}
         as_torch = False
+        if self._plain_inputs and not kwargs and len(args) == len(self._plain_inputs):
+            for (name, dtype), value in zip(self._plain_inputs, args, strict=True):
+                as_torch |= isinstance(value, Tensor)
+                array = _as_array(value)
+                if array.dtype != dtype:
+                    break
+                feeds[name] = array
+            else:
+                return feeds, as_torch
+        given = self._bind(args, kwargs)
         for argument, structure in self.signature.inputs.items():
             as_torch |= _collect(argument, structure, given.get(argument), feeds)
         return feeds, as_torch
@@ -253,7 +263,7 @@ def _as_array(value: Any) -> np.ndarray:
     if not isinstance(value, Tensor):
         return np.asarray(value)
     # NumPy has no bfloat16.
-    return (value.float() if value.dtype is torch.bfloat16 else value).detach().cpu().numpy()
+    return (value.float() if value.dtype is torch.bfloat16 else value).numpy(force=True)
 
 
 def _rebuild(structure: Any, outputs: Iterator[np.ndarray], as_torch: bool) -> Any:

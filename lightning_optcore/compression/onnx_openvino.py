@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx
 
+_NORMALISATIONS_OF_TRANSFORMERS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+
 Run = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 
 
@@ -32,7 +34,7 @@ def open_model(content: bytes, num_threads: int | None) -> Run:
     request = compiled.create_infer_request()
 
     def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        results = request.infer(dict(feeds))
+        results = request.infer(dict(feeds), share_inputs=True, share_outputs=True)
         # The request owns its buffers and writes them again at the next call.
         return [np.array(results[output]) for output in compiled.outputs]
 
@@ -44,6 +46,9 @@ def quantized_by_nncf(
 ) -> onnx.ModelProto:
     """Quantize weights and activations to 8 bits with NNCF, with its bias correction.
 
+    A graph with layer normalisations is quantized as NNCF does transformers: with SmoothQuant, and with what it knows
+    to be sensitive in attention left in fp32. As any other, a sentence encoder comes out unlike itself.
+
     Args:
         proto: A model in floating point.
         feeds: What the graph is fed with, batch by batch.
@@ -54,11 +59,15 @@ def quantized_by_nncf(
     """
     nncf = _required("nncf")
     scope = nncf.IgnoredScope(names=list(excluded)) if excluded else None
+    is_transformer = any(node.op_type in _NORMALISATIONS_OF_TRANSFORMERS for node in proto.graph.node)
+    kind = nncf.ModelType.TRANSFORMER if is_transformer else None
     level = logging.getLogger("nncf").level
     nncf.set_log_level(logging.ERROR)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            made: onnx.ModelProto = nncf.quantize(proto, nncf.Dataset(list(feeds)), ignored_scope=scope)
+            made: onnx.ModelProto = nncf.quantize(
+                proto, nncf.Dataset(list(feeds)), ignored_scope=scope, model_type=kind
+            )
     finally:
         nncf.set_log_level(level or logging.INFO)
     return made

@@ -81,11 +81,17 @@ class Widths:
     reduce_range: bool = True
 
 
-def quantized_for_openvino(model: OnnxModel, calibration: Sequence[Inputs], excluded: Sequence[str] = ()) -> OnnxModel:
+def quantized_for_openvino(
+    model: OnnxModel, calibration: Sequence[Inputs], excluded: Sequence[str] = (), embedding_bits: int = 8
+) -> OnnxModel:
     """Quantize a prepared model with NNCF, to be run by OpenVINO; arguments as in :func:`quantized`."""
     with _quiet(), _reported("NNCF"):
-        made = quantized_by_nncf(model.proto, [model.feeds(batch) for batch in calibration], excluded)
-        return OnnxModel(stripped(made), model.signature, runtime="openvino")
+        tables = embedding_nodes(model) if embedding_bits == 4 else []
+        made = quantized_by_nncf(model.proto, [model.feeds(batch) for batch in calibration], [*excluded, *tables])
+        result = OnnxModel(stripped(made), model.signature, runtime="openvino")
+        if tables:
+            result = with_int4_embeddings(result, tables, standard_operators=True)
+        return result
 
 
 def quantized(

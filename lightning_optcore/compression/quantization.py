@@ -101,7 +101,7 @@ def _quantized(
 ) -> QuantizedModel:
     excluded = parameters.excluded_nodes
     if parameters.backend == "openvino":
-        model = onnx_quantization.quantized_for_openvino(prepared, calibration, excluded)
+        model = onnx_quantization.quantized_for_openvino(prepared, calibration, excluded, parameters.embedding_bits)
     else:
         model = onnx_quantization.quantized(
             prepared, _concrete(parameters.scheme), calibration, excluded=excluded, widths=parameters.widths
@@ -124,7 +124,8 @@ def post_training_quantize(
     Args:
         module: Any module, on the CPU; left as it was.
         calibration_inputs: Batches of what ``forward`` takes (tensor, tuple or dict of keyword arguments).
-        backend: ``"onnxruntime"``; or ``"openvino"``: NNCF quantizes (static, 8 bits), OpenVINO runs it (extra).
+        backend: ``"onnxruntime"``; or ``"openvino"``: NNCF quantizes (static, 8 bits; transformers
+            with its SmoothQuant), OpenVINO runs it (extra).
         scheme: ``"static"`` fixes the ranges of activations from the calibration batches: right for
             convolutions. ``"dynamic"`` takes them at run time: right for transformers and recurrent
             nets. ``"auto"`` makes both, and a static one with convolutions of few input channels in fp32
@@ -250,10 +251,10 @@ def _check_options(backend: str, scheme: str, weight_bits: int, embedding_bits: 
         if value not in allowed:
             expected = ", ".join(map(str, allowed))
             raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected one of {expected}")
-    if backend == "openvino" and (scheme == "dynamic" or weight_bits != 8 or embedding_bits != 8):
+    if backend == "openvino" and (scheme == "dynamic" or weight_bits != 8):
         raise MisconfigurationException(
-            f"{STEP}.backend='openvino': has scheme static with 8 bits alone, not scheme={scheme!r}, "
-            f"weight_bits={weight_bits}, embedding_bits={embedding_bits}"
+            f"{STEP}.backend='openvino': has scheme static with weights of 8 bits alone, not scheme={scheme!r}, "
+            f"weight_bits={weight_bits}"
         )
     if weight_bits == 4 and scheme == "static":
         raise MisconfigurationException(f"{STEP}.scheme='static': weight_bits=4 leaves activations in floating point")

@@ -1,7 +1,7 @@
 """What a fit leaves behind is used by a process that took no part in it.
 
 microsoft/nni #4780 and #5455 (a pruned and quantized model has to be compressed again after loading, or gives other
-numbers), and the like of torchao (a process that never imported it cannot read what it saved).
+numbers), and pytorch/ao #2478 (what it saved is refused by ``torch.load`` until globals are declared safe).
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ from lightning_optcore.models import CNN
 model = CNN.load_from_checkpoint(sys.argv[1], weights_only=True).eval()
 with torch.no_grad():
     np.save(sys.argv[3], model(torch.from_numpy(np.load(sys.argv[2]))).numpy())
+"""
+READ_WEIGHTS = """
+import sys, numpy as np, torch
+assert not torch.serialization.get_unsafe_globals_in_checkpoint(sys.argv[1])
+state = torch.load(sys.argv[1], weights_only=True)["state_dict"]
+assert not {"torchao", "lightning", "lightning_optcore"} & set(sys.modules)
+assert all(each.__module__.startswith("torch.") for each in torch.serialization.get_safe_globals())
+np.save(sys.argv[3], np.concatenate([value.float().numpy().ravel() for value in state.values()]))
 """
 READ_ARTIFACT = """
 import sys, numpy as np
@@ -72,6 +80,9 @@ def test_pruned_and_quantized_results_are_the_same_numbers_in_another_process(ma
     again = outputs_of(READ_CHECKPOINT, tmp_path / "end.ckpt", tmp_path / "images.npy")
     with torch.no_grad():
         np.testing.assert_allclose(again, model.eval()(images).numpy(), atol=1e-6)
+    weights = outputs_of(READ_WEIGHTS, tmp_path / "end.ckpt", tmp_path / "images.npy")
+    saved = torch.cat([value.float().flatten() for value in model.state_dict().values()]).numpy()
+    np.testing.assert_array_equal(weights, saved)
     expected = np.asarray(quantize.artifact(images.numpy()))
     for script in (READ_ARTIFACT, READ_ONNX):
         deployed = outputs_of(script, tmp_path / "artifact", tmp_path / "images.npy")

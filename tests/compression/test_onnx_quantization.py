@@ -189,5 +189,44 @@ def test_a_missing_openvino_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "nncf" else find(name, *a))
     with pytest.raises(MisconfigurationException, match=r"needs nncf: pip install .lightning-optcore\[openvino\]"):
         PostTrainingQuantization(backend="openvino")
-    with pytest.raises(MisconfigurationException, match="backend='openvino': has scheme static with 8 bits alone"):
+    with pytest.raises(MisconfigurationException, match="backend='openvino': has scheme static with weights of 8 bits"):
         PostTrainingQuantization(backend="openvino", weight_bits=4)
+
+
+@pytest.mark.parametrize("embedding_bits", [8, 4])
+def test_a_transformer_with_a_loud_channel_stays_itself_with_openvino(embedding_bits):
+    """One channel fifty times as loud as the others, as trained transformers have them."""
+    net = Table().eval()
+    with torch.no_grad():
+        net.norm.weight[3] = 50.0
+        net.up.weight[:, 3] /= 50
+    result = post_training_quantize(net, [INPUTS], backend="openvino", embedding_bits=embedding_bits)
+    assert cosine_similarity(net(**INPUTS), result.model(**INPUTS)) > 0.98
+    assert result.parameters.embedding_bits == embedding_bits
+    assert ("BitShift" in operators(result.model)) == (embedding_bits == 4)
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 5), (2, 3, 4)])
+def test_standard_operators_look_up_the_rows_of_four_bits(shape):
+    """In blocks half as long, hence closer than the rows of ONNX Runtime's own operator."""
+    net = nn.Embedding(300, 64)
+    ids = torch.randint(0, 300, shape)
+    exported = export_onnx(net, ids)
+    standard = with_int4_embeddings(exported, standard_operators=True)
+    assert all(node.domain == "" for node in standard.proto.graph.node)
+
+    def error(model):
+        return (model(ids) - net(ids)).square().mean()
+
+    assert standard(ids).shape == net(ids).shape
+    assert error(standard) < error(with_int4_embeddings(exported)) < 0.02
+
+
+@pytest.mark.parametrize("height", [1e-6, 1e6])
+def test_scales_that_half_precision_does_not_hold_stay_in_single(height):
+    net = nn.Embedding(300, 64)
+    with torch.no_grad():
+        net.weight *= height
+    ids = torch.arange(300)
+    small = with_int4_embeddings(export_onnx(net, ids), standard_operators=True)
+    assert cosine_similarity(net(ids), small(ids)) > 0.99

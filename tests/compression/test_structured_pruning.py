@@ -61,6 +61,32 @@ def test_networks_of_all_kinds_reach_the_target(kind, criterion):
     assert net(inputs).shape == make()(inputs).shape
 
 
+@pytest.mark.parametrize("by_a_callback", [False, True])
+def test_linear_and_conv_layers_of_a_lightning_module_become_small(make_trainer, tmp_path, by_a_callback):
+    """microsoft/nni #5104: masks were found for a LightningModule, but it could not be traced to make it smaller."""
+    torch.manual_seed(0)
+    model = CNN(width=16, depth=1, lr=0.01)
+    x = torch.randn(2, 1, 8, 8)
+
+    def weights(kind):
+        return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, kind))
+
+    whole = {kind: weights(kind) for kind in (nn.Conv2d, nn.Linear)}
+    if by_a_callback:
+        make_trainer(StructuredPruning(target_params=0.5), max_epochs=1).fit(model, Digits())
+    else:
+        # In the hands of a Trainer once, of none now.
+        make_trainer(max_epochs=1).fit(model, Digits())
+        model._trainer = None
+        prune_channels(model, x, target_params=0.5)
+    assert all(weights(kind) < 0.8 * before for kind, before in whole.items())
+    assert params(model) < 0.5 * params(CNN(width=16, depth=1))
+    assert model(x).shape == (2, 10)
+    again = make_trainer(max_epochs=5, enable_checkpointing=False)
+    again.fit(model, Digits())
+    assert again.validate(model, Digits(), verbose=False)[0]["val/acc"] > 0.5
+
+
 def test_the_channels_that_stay_make_up_for_copies():
     """Half of the hidden units are copies of the other half: without them nothing is lost."""
     torch.manual_seed(0)
