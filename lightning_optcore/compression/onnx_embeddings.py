@@ -98,7 +98,7 @@ def _standard_look_up(
         "int4_flat": np.array([-1]),
     }
     tensors = {key: numpy_helper.from_array(value, f"{table.name}_{key}") for key, value in constants.items()}
-    made = []
+    made: list[onnx.NodeProto] = []
 
     def step(operator: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         label = f"{node.name}_{operator.lower()}_{len(made)}"
