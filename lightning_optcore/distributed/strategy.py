@@ -6,12 +6,10 @@ Everything that ranks send is counted; what a way to communicate remembers is pa
 from __future__ import annotations
 
 import os
-import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
@@ -36,7 +34,8 @@ from lightning_optcore.distributed.guarded import GuardedDDPStrategy
 from lightning_optcore.distributed.link import Decision, decide, measure_link
 from lightning_optcore.distributed.local_updates import LocalUpdates, average_optimizers
 from lightning_optcore.distributed.power_sgd import PowerSGD
-from lightning_optcore.distributed.rank_times import RankTimes, StepClock, straggler_of
+from lightning_optcore.distributed.rank_comparison import RankComparison, time_often
+from lightning_optcore.distributed.rank_times import RankTimes
 from lightning_optcore.distributed.uneven_inputs import EvenBatches
 from lightning_optcore.random_states import random_states, restore_random_states
 
@@ -115,7 +114,6 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
             **ddp_kwargs,
         )
         self.uneven_inputs = uneven_inputs
-        self.rank_times: list[RankTimes] = []
         self.decision: Decision | None = None
         self.hook: GradientHook | None = None
         self.local_updates: LocalUpdates | None = None
@@ -127,14 +125,17 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         self._steps_logged = 0
         self._step_ends: list[float] = []
         self._even: EvenBatches | None = None
-        self._clock = StepClock()
-        self._hosts: list[str] = []
-        self._told: set[tuple[int | None, str]] = set()
+        self._ranks = RankComparison()
 
     @property
     def bytes_sent(self) -> int:
         """Bytes that this rank sent so far: gradients, exchanges of local updates, and what averages need."""
         return 0 if self._collectives is None else self._collectives.bytes_sent
+
+    @property
+    def rank_times(self) -> list[RankTimes]:
+        """Where the time of each rank went between the last two times that something was logged."""
+        return self._ranks.times
 
     @property
     def learns_locally(self) -> bool:
@@ -222,13 +223,12 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
             for optimizer, state in zip(self.optimizers, own.get("optimizers", ()), strict=False):
                 optimizer.load_state_dict(state)
             _optimizers_to_device(self.optimizers, self.root_device)
-        self._clock = StepClock()
-        self._told.clear()
+        self._ranks.begin()
         if self.hook is not None:
-            self.hook.on_computed = self._clock.computed
-        _time_often(self.model)
+            self.hook.on_computed = self._ranks.clock.computed
+        time_often(self.model)
         if self.world_size > 1:
-            agree_on_signals_when(self._trainer.fit_loop.epoch_loop, self._are_together, self._clock.leave_out)
+            agree_on_signals_when(self._trainer.fit_loop.epoch_loop, self._are_together, self._ranks.clock.leave_out)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Give all ranks as many training batches, if they may have unlike numbers."""
@@ -250,7 +250,7 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         super().on_train_batch_start(batch, batch_idx)
         if self._even is not None:
             self._even.next_step()
-        self._clock.batch_arrived()
+        self._ranks.clock.batch_arrived()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Compute gradients; those of a batch that stands for none are 0."""
@@ -263,7 +263,7 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         super().post_backward(closure_loss)
         model = self.model
         if not isinstance(model, DistributedDataParallel) or not model.require_backward_grad_sync:
-            self._clock.computed()
+            self._ranks.clock.computed()
         elif self.hook is None:
             assert self._collectives is not None
             self._collectives.count_all_reduce(self._gradient_bytes)
@@ -293,7 +293,7 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         if self.communication == "auto" and self.decision is None:
             self._decide_in_time()
         self._begin_local_updates_in_time()
-        self._clock.step_ended()
+        self._ranks.clock.step_ended()
         self._log()
 
     def _are_together(self) -> bool:
@@ -340,7 +340,7 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         average_optimizers(self.optimizers, self._collectives)
         self.local_updates = None
         self.configure_ddp()
-        _time_often(self.model)
+        time_often(self.model)
 
     def _decide_in_time(self) -> None:
         self._step_ends.append(time.perf_counter())
@@ -369,35 +369,14 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
         # Set by the Trainer's connector of loggers, without a declaration.
         if self._steps % getattr(trainer, "log_every_n_steps", 1) and not self._ends_an_epoch():
             return
-        self._compare_ranks()
+        computed_by_ddp = self.hook is None and not self.learns_locally
+        self._ranks.compare(self.world_size, self.root_device, self.model if computed_by_ddp else None)
         if not trainer.barebones:
             assert self.lightning_module is not None
             sent = (self.bytes_sent - self._bytes_logged) / max(1, self._steps - self._steps_logged)
-            slowest, mean = max(one.own_ms for one in self.rank_times), fmean(one.own_ms for one in self.rank_times)
-            found = {"optcore/bytes_sent_per_step": sent, "optcore/rank_imbalance": slowest / max(mean, 1e-9)}
+            found = {"optcore/bytes_sent_per_step": sent, "optcore/rank_imbalance": self._ranks.imbalance}
             self.lightning_module.log_dict(found, on_step=True, on_epoch=False)
         self._steps_logged, self._bytes_logged = self._steps, self.bytes_sent
-
-    def _compare_ranks(self) -> None:
-        """Gather where the time of the ranks goes, and say once what keeps them waiting."""
-        data, compute, step = self._clock.means()
-        if self.hook is None and not self.learns_locally:
-            compute = _compute_ms(self.model)
-        own = torch.tensor([data, compute, step], device=self.root_device)
-        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
-        # Ranks that learn by themselves wait here for the slowest.
-        self._clock.leave_out(lambda: torch.distributed.all_gather(everyone, own))
-        if not self._hosts:
-            self._hosts = [""] * self.world_size
-            torch.distributed.all_gather_object(self._hosts, socket.gethostname())
-        self.rank_times = [
-            RankTimes(rank, host, *times.tolist())
-            for rank, (host, times) in enumerate(zip(self._hosts, everyone, strict=True))
-        ]
-        found = straggler_of(self.rank_times)
-        if found is not None and (found.rank, found.cause) not in self._told:
-            self._told.add((found.rank, found.cause))
-            rank_zero_warn(found.message)
 
     # ---- where all ranks must be equal ----
 
@@ -409,7 +388,7 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
     def on_validation_end(self) -> None:
         """Leave the validation out of what steps take."""
         super().on_validation_end()
-        self._clock.pause()
+        self._ranks.clock.pause()
 
     def on_train_end(self) -> None:
         """Bring the ranks together for good."""
@@ -515,17 +494,3 @@ class OptCoreDDPStrategy(GuardedDDPStrategy):
             state["local_updates"] = self.local_updates.own_state()
             state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         return state
-
-
-def _time_often(model: nn.Module | None) -> None:
-    """Let DistributedDataParallel time every tenth step, instead of every hundredth."""
-    if isinstance(model, DistributedDataParallel):
-        model._set_ddp_runtime_logging_sample_rate(10)
-
-
-def _compute_ms(model: nn.Module | None) -> float:
-    """Return what DistributedDataParallel measured of this rank's forward and backward passes."""
-    if not isinstance(model, DistributedDataParallel):
-        return 0.0
-    found = model._get_ddp_logging_data()
-    return (found.get("avg_forward_compute_time", 0) + found.get("avg_backward_compute_time", 0)) / 1e6
