@@ -67,6 +67,9 @@ ROWS: dict[str, Make] = {
 }
 STRENGTHS: dict[str, Callable[[float], list[Callback]]] = {
     "ElasticWeightConsolidation": lambda s: [ElasticWeightConsolidation(strength=s)],
+    "ElasticWeightConsolidation, as in the paper": lambda s: [
+        ElasticWeightConsolidation(strength=s, power=1.0, normalize=False)
+    ],
     "SynapticIntelligence": lambda s: [SynapticIntelligence(strength=s)],
     "ExperienceReplay, 500, with logits + ElasticWeightConsolidation": lambda s: [
         _replay(0.5),
@@ -74,7 +77,11 @@ STRENGTHS: dict[str, Callable[[float], list[Callback]]] = {
     ],
     "LearningWithoutForgetting": lambda s: [LearningWithoutForgetting(strength=s / 40)],
 }
-OF_WEIGHTS = ("ElasticWeightConsolidation", "SynapticIntelligence")
+OF_WEIGHTS = (
+    "ElasticWeightConsolidation",
+    "ElasticWeightConsolidation, as in the paper",
+    "SynapticIntelligence",
+)
 
 
 def _replay(logits_weight: float) -> ExperienceReplay:

@@ -219,6 +219,7 @@ def test_standard_operators_look_up_the_rows_of_four_bits(shape):
         return (model(ids) - net(ids)).square().mean()
 
     assert standard(ids).shape == net(ids).shape
+    assert standard.num_parameters == exported.num_parameters == 300 * 64
     assert error(standard) < error(with_int4_embeddings(exported)) < 0.02
 
 
