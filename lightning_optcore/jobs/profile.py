@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -26,6 +27,9 @@ from lightning_optcore.jobs.reporting import report_of
 from lightning_optcore.profiling.overrides import composed_by_hydra
 from lightning_optcore.profiling.profile_report import ProfileReport, Recommendation
 from lightning_optcore.profiling.summary import summary_text
+
+# The runs to compare take turns until those without the override took so many seconds, at most so often.
+_ENOUGH_SECONDS, _MOST_TURNS = 5.0, 3
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _duration(seconds: float) -> str:
 
 
 def _apply(config: DictConfig, first: _Profiled, output_dir: Path, console: Console) -> None:
-    """Run again with the override of the most costly finding that has one, then without it, and compare."""
+    """Run with the override of the most costly finding that has one, and without it, in turns, and compare."""
     chosen = _best(first.report)
     compose = composed_by_hydra()
     if chosen is None or compose is None:
@@ -118,17 +122,22 @@ def _apply(config: DictConfig, first: _Profiled, output_dir: Path, console: Cons
     # Hydra's own node is of the running job already.
     OmegaConf.set_struct(changed, False)
     changed.pop("hydra", None)
-    second = _profiled(changed, output_dir / "applied", applied=(chosen.override,))
-    # The first run warmed the process up for the second: what that is worth must not count as the override's gain.
-    warm = _profiled(config, output_dir / "again")
-    measured = second.samples_per_second / warm.samples_per_second if warm.samples_per_second else 0.0
+    # The first run warmed the process up: what that is worth must not count as the override's gain, and of short runs
+    # a moment of the machine's must not decide.
+    with_it: list[_Profiled] = []
+    without: list[_Profiled] = []
+    while len(without) < _MOST_TURNS and sum(one.report.wall_seconds for one in without) < _ENOUGH_SECONDS:
+        with_it.append(_profiled(changed, output_dir / "applied", applied=(chosen.override,)))
+        without.append(_profiled(config, output_dir / "again"))
+    before, after = (median(one.samples_per_second for one in runs) for runs in (without, with_it))
+    measured = after / before if before else 0.0
     low, high = chosen.expected_speedup
     inside = "inside" if low <= measured <= high else "outside"
     console.print(
         f"  applied {chosen.override}: predicted {low:.2f}x to {high:.2f}x, measured {measured:.2f}x "
-        f"({inside} of the range; {warm.samples_per_second:.4g} -> {second.samples_per_second:.4g} samples/s)"
+        f"({inside} of the range; {before:.4g} -> {after:.4g} samples/s)"
     )
-    console.print(f"  now: {second.report.primary.cause}")
+    console.print(f"  now: {with_it[-1].report.primary.cause}")
 
 
 def _best(report: ProfileReport) -> Recommendation | None:

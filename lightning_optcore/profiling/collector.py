@@ -147,6 +147,10 @@ class Collector(Profiler):
             return _DeviceSpan(self, self._slot(phase, detail))
         return _Span(self, self._slot(phase, detail))
 
+    def part(self, phase: str) -> _Part:
+        """Return a context whose time belongs to ``phase``, unless it is inside of a :meth:`whole`."""
+        return _Part(self, self._slot(phase, None))
+
     def whole(self, phase: str) -> _Whole:
         """Return a context in which no action is timed apart: all of it belongs to ``phase``."""
         return _Whole(self, self._slot(phase, None))
@@ -310,6 +314,16 @@ class _Span:
             self._totals[now.slot] += time - now.since
             now.since = time
             now.slot = self._pop()
+
+
+class _Part(_Span):
+    """A span that is not asked for by an action, so that what is open has to be looked at."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        if self._collector._lookup is not _NOTHING:
+            super().__enter__()
 
 
 class _DeviceSpan(_Span):

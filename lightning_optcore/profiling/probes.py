@@ -53,7 +53,7 @@ class Probes:
         trainer.profiler = self.collector
         spans = self.collector
         for logger in trainer.loggers:
-            self._around(logger, "log_metrics", spans.span(LOGGING))
+            self._around(logger, "log_metrics", spans.part(LOGGING))
         self._watch_logging(pl_module)
         if trainer.state.fn == TrainerFn.FITTING:
             loop = trainer.fit_loop.epoch_loop
@@ -103,7 +103,7 @@ class Probes:
 
     def _watch_logging(self, pl_module: Any) -> None:
         """Time ``log``, and from its first call on what Lightning makes of it after each batch."""
-        span = self.collector.span(LOGGING)
+        span = self.collector.part(LOGGING)
         connector = self._trainer._logger_connector
 
         def make(original: Callable[..., Any]) -> Callable[..., Any]:

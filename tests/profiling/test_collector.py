@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch.profilers import SimpleProfiler
 
 from lightning_optcore.profiling.collector import HEAD, Collector
-from lightning_optcore.profiling.phases import BACKWARD, DATA_WAIT, FORWARD, PHASES, VALIDATION, phase_of
+from lightning_optcore.profiling.phases import BACKWARD, DATA_WAIT, FORWARD, LOGGING, PHASES, VALIDATION, phase_of
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
 STEP = "[Strategy]SingleDeviceStrategy.training_step"
@@ -78,11 +78,19 @@ def test_every_fetch_begins_a_step_and_old_steps_are_overwritten():
 
 def test_inside_a_whole_nothing_is_timed_apart():
     collector = Collector()
-    with collector.whole(VALIDATION), collector.profile(STEP):
+    with collector.whole(VALIDATION), collector.profile(STEP), collector.part(LOGGING):
         spin(0.01)
     seconds = collector.seconds()
-    assert seconds[FORWARD] == 0
+    assert seconds[FORWARD] == seconds[LOGGING] == 0
     assert seconds[VALIDATION] == pytest.approx(0.01, abs=0.005)
+
+
+def test_outside_of_a_whole_a_part_is_timed_apart():
+    collector = Collector()
+    with collector.profile(STEP), collector.part(LOGGING):
+        spin(0.01)
+    assert collector.seconds()[LOGGING] == pytest.approx(0.01, abs=0.005)
+    assert collector.stack == []
 
 
 def test_an_exception_leaves_the_stack_as_it_was():

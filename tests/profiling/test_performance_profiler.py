@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
+from torch import nn
 
 from lightning_optcore.callbacks import PerformanceProfiler
 from lightning_optcore.data import Digits
@@ -82,6 +83,23 @@ def test_the_phases_add_up_to_an_independent_clock(make_trainer, options):
     assert report.steps == 80
     assert report.stage == "fit"
     assert set(report.phases) > {"data_wait", "forward", "backward", "optimizer", "validation"}
+
+
+def test_what_validation_logs_is_part_of_it(make_trainer):
+    """It goes where validation goes, and counts towards what a rarer validation gains."""
+
+    class Logs(CNN):
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            for i in range(20):
+                self.log(f"val/{i}", float(i))
+
+    callback = profiler()
+    make_trainer(callback, max_steps=40, val_check_interval=5).fit(Logs(width=4, depth=1), Digits(batch_size=16))
+    phases = callback.report.phases
+    assert phases["validation"].seconds > 10 * phases["logging"].seconds
 
 
 def test_manual_optimization_has_its_phases():
