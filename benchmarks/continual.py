@@ -48,6 +48,7 @@ DROPOUT = 0.2
 # Mean and standard deviation of the training pixels.
 PIXELS = (0.286, 0.353)
 # Of ours; and of Avalanche's EWC, whose importance is of another scale.
+GRIDS = {"LearningWithoutForgetting": (0.125, 0.25, 0.625, 1.25, 2.5, 7.5)}
 GRID, AVALANCHE_GRID = (5.0, 10.0, 25.0, 50.0, 100.0, 300.0), (1.0, 10.0, 1e2, 1e3, 1e4, 1e5)
 Make = Callable[[], list[Callback]]
 AVALANCHE_EWC, AVALANCHE_SI = 100.0, 100.0
@@ -75,13 +76,8 @@ STRENGTHS: dict[str, Callable[[float], list[Callback]]] = {
         _replay(0.5),
         ElasticWeightConsolidation(strength=s),
     ],
-    "LearningWithoutForgetting": lambda s: [LearningWithoutForgetting(strength=s / 40)],
+    "LearningWithoutForgetting": lambda s: [LearningWithoutForgetting(strength=s)],
 }
-OF_WEIGHTS = (
-    "ElasticWeightConsolidation",
-    "ElasticWeightConsolidation, as in the paper",
-    "SynapticIntelligence",
-)
 
 
 def _replay(logits_weight: float) -> ExperienceReplay:
@@ -310,9 +306,12 @@ def _runs(
 ) -> dict[str, Callable[[], AccuracyMatrix]]:
     """Return what is run, by the name of the row."""
     if tune or benchmark == "strengths":
-        strengths = GRID if tune else (1.0, 1e2, 1e3, 1e4)
-        kinds = STRENGTHS if tune else {name: STRENGTHS[name] for name in OF_WEIGHTS}
-        made = {f"{name}, {s:g}": (with_strength, s) for name, with_strength in kinds.items() for s in strengths}
+        wide = (1.0, 1e2, 1e3, 1e4)
+        made = {
+            f"{name}, {s:g}": (with_strength, s)
+            for name, with_strength in STRENGTHS.items()
+            for s in (GRIDS.get(name, GRID) if tune else wide)
+        }
         runs = {row: partial(_with_strength, tasks, seed, *one) for row, one in made.items()}
         return {**runs, **(_of_peers(tasks, seed, peers) if tune else {})}
     return {

@@ -46,7 +46,8 @@ class LearningWithoutForgetting(TaskCallback):
     optimization (there the first ``manual_backward`` of a step carries it).
 
     Args:
-        strength: Weight of the distance beside your own loss.
+        strength: How much more than your own loss the distance weighs. The larger of both weighs 1, so that no strength
+            makes longer steps, which would diverge.
         temperature: Softens the distributions.
 
     Raises:
@@ -82,7 +83,8 @@ class LearningWithoutForgetting(TaskCallback):
             return
         self._former.trainer = trainer
         self._former.to(pl_module.device)
-        join_loss(pl_module, lambda batch, calls: self._added(pl_module, batch, calls))
+        own_weight = 1 / max(1.0, self.strength)
+        join_loss(pl_module, lambda batch, calls: self._added(pl_module, batch, calls), own_weight=own_weight)
 
     def _added(self, pl_module: Any, batch: Any, calls: list[Call]) -> Tensor:
         assert self._former is not None
@@ -96,7 +98,7 @@ class LearningWithoutForgetting(TaskCallback):
         except ValueError as error:
             raise MisconfigurationException(f"{STEP}: {error}") from error
         pl_module.log("train/retention", distance.detach())
-        return self.strength * distance
+        return min(1.0, self.strength) * distance
 
     def end_task(self, trainer: Any, pl_module: Any) -> None:
         """Keep the model as it is now."""

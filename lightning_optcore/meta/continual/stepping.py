@@ -33,7 +33,10 @@ def join_step(pl_module: Any, wrap: Callable[[Step], Step]) -> None:
 
 
 def join_loss(
-    pl_module: Any, added: Callable[[Any, list[Call]], Tensor], prepare: Callable[[Any], Any] = lambda batch: batch
+    pl_module: Any,
+    added: Callable[[Any, list[Call]], Tensor],
+    prepare: Callable[[Any], Any] = lambda batch: batch,
+    own_weight: float = 1.0,
 ) -> None:
     """Add to the loss of every training step; with manual optimization to what is first handed to ``manual_backward``.
 
@@ -41,6 +44,7 @@ def join_loss(
         pl_module: The LightningModule.
         added: Of the batch and the calls that the step made, what is added.
         prepare: Of a batch, the one that the step gets.
+        own_weight: Of the step's own loss.
     """
     own_backward = pl_module.manual_backward
     pending: list[tuple[Any, list[Call]]] = []
@@ -54,13 +58,13 @@ def join_loss(
             if not pl_module.automatic_optimization or output is None:
                 return output
             if isinstance(output, Mapping):
-                return {**output, "loss": output["loss"] + added(batch, calls)}
-            return output + added(batch, calls)
+                return {**output, "loss": own_weight * output["loss"] + added(batch, calls)}
+            return own_weight * output + added(batch, calls)
 
         return training_step
 
     def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        own_backward(loss + added(*pending.pop()) if pending else loss, *args, **kwargs)
+        own_backward(own_weight * loss + added(*pending.pop()) if pending else loss, *args, **kwargs)
 
     join_step(pl_module, wrap)
     if not pl_module.automatic_optimization:

@@ -43,6 +43,24 @@ def test_samples_that_replay_adds_do_not_confuse_it(make_trainer, first):
     assert float(trainer.callback_metrics["train/retention"]) > 0
 
 
+@pytest.mark.parametrize("strength", [100.0, 1e4])
+def test_no_strength_makes_steps_that_diverge(make_trainer, strength):
+    torch.manual_seed(0)
+
+    class Quick(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    callback, model = LearningWithoutForgetting(strength), Quick()
+    digits = Digits()
+    make_trainer(callback, max_epochs=8).fit(model, datamodule=digits)
+    images = next(iter(digits.val_dataloader()))[0]
+    before = model.net(images).argmax(1)
+    make_trainer(callback, max_epochs=3).fit(model, datamodule=PermutedTask(Digits(), 1))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert float((model.net(images).argmax(1) == before).float().mean()) > 0.5
+
+
 def test_a_head_may_grow_between_tasks(make_trainer):
     callback, model = LearningWithoutForgetting(), Plain()
     make_trainer(callback, limit_train_batches=2).fit(model, datamodule=Digits())
