@@ -48,7 +48,7 @@ class _Images(LightningDataModule):
     def _loader(self, dataset: TensorDataset | None, shuffle: bool = False) -> DataLoader:
         if dataset is None:
             raise RuntimeError("call setup() before asking for a loader")
-        return DataLoader(dataset, self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers)
 
 
 class Digits(_Images):

@@ -13,6 +13,7 @@ from lightning_optcore.executor.executor import ExecutorError, JobError
 from lightning_optcore.executor.nodes import NodesError
 from lightning_optcore.executor.resources import ResourcesError
 from lightning_optcore.executor.work import WorkError
+from lightning_optcore.meta.tasks import MetaLearningError
 from lightning_optcore.nas._nni_compat import NNIError
 from lightning_optcore.nas.supernet import SupernetError
 from lightning_optcore.recipe import RecipeError
@@ -34,6 +35,7 @@ _MENDABLE = (
     ExportError,
     HydraException,
     JobError,
+    MetaLearningError,
     MisconfigurationException,
     NNIError,
     NodesError,

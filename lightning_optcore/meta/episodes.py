@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
@@ -309,6 +310,11 @@ class EpisodicDataModule(LightningDataModule):
             self.counts[name] = min(self.counts[name], len(source))
             return ListedEpisodes(source, name == "train", seed)
         if isinstance(source, Iterable):
+            if isinstance(source, Iterator):
+                rank_zero_warn(
+                    f"source={type(source).__name__}: gives its tasks once, and none to what comes after the first epoch; "
+                    "expected a list, or an iterable that can be iterated again"
+                )
             return StreamedEpisodes(source, *self._ranks())
         raise MetaLearningError(
             f"source={type(source).__name__}: expected a LightningDataModule, a data set, a function of a generator, "
@@ -327,8 +333,13 @@ class EpisodicDataModule(LightningDataModule):
             fresh = name == "train"
             done = self._tasks_done if fresh else lambda: 0
             sampler = EpisodeSampler(self.counts[name], *self._ranks(), fresh=fresh, done=done)
+        # By its name: Lightning makes the loader anew for a prediction, and could not tell a place from an argument.
         return DataLoader(
-            episodes, self.tasks_per_batch, sampler=sampler, num_workers=self.num_workers, collate_fn=collate_tasks
+            episodes,
+            batch_size=self.tasks_per_batch,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate_tasks,
         )
 
     def _tasks_done(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_optcore.compression.artifact_making import ArtifactCallback, Made, Source, single_precision_copy
@@ -62,7 +63,8 @@ class FastAdaptation(ArtifactCallback):
         num_inner_steps: Gradient steps.
         inner_lr: Their learning rate, where the checkpoint has none.
         num_batches: So many training batches are adapted to.
-        head: Names of the modules or parameters that are adapted, ``*`` allowed; ``None``: all.
+        head: Names of the modules or parameters that are adapted, ``*`` allowed; ``None``: those of a checkpoint of
+            ``anil``, else all.
         output_dir: Folder of the artifact; ``None``: ``artifact`` in the Trainer's.
         batch_sizes: Batch sizes of the measurement.
         num_threads: Threads of the measurement.
@@ -112,6 +114,7 @@ class FastAdaptation(ArtifactCallback):
         self.num_batches = num_batches
         self.head = head
         self._rates: dict[str, Tensor] = {}
+        self._head = head
         self._start: dict[str, Tensor] = {}
         self._adapted: list[str] = []
 
@@ -121,13 +124,19 @@ class FastAdaptation(ArtifactCallback):
             raise MisconfigurationException(
                 f"trainer.devices: {trainer.world_size} processes would adapt to other batches each; expected devices=1"
             )
-        self._rates = {}
+        self._rates, self._head = {}, self.head
         if self.checkpoint is not None:
             saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             _load(pl_module, saved.get("state_dict", saved), self.checkpoint)
             states = saved.get("callbacks", {})
-            rates = next((states[key].get("rates") for key in states if key.startswith(_META_LEARNING)), None)
-            self._rates = {name: rate.to(pl_module.device) for name, rate in (rates or {}).items()}
+            state: dict[str, Any] = next((states[key] for key in states if key.startswith(_META_LEARNING)), {})
+            self._rates = {name: rate.to(pl_module.device) for name, rate in state.get("rates", {}).items()}
+            if state.get("algorithm") == "protonet":
+                rank_zero_warn(
+                    f"{STEP}.checkpoint={self.checkpoint}: was trained with algorithm=protonet, for no gradient steps; "
+                    "MetaLearning with protonet is what adapts it"
+                )
+            self._head = self.head if self.head is not None else state.get("head")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Adapt; nothing else is trained."""
@@ -158,7 +167,7 @@ class FastAdaptation(ArtifactCallback):
             loss_fn,
             inner_lr=self.inner_lr,
             num_inner_steps=self.num_inner_steps,
-            adapts=None if self.head is None else in_head(pl_module, self.head),
+            adapts=None if self._head is None else in_head(pl_module, self._head),
             backend="loop",
         )
         (fast,) = step.adapted([(batches, batches)], self._rates)

@@ -140,6 +140,8 @@ class MetaGradient:
             raise MetaLearningError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
         if direction not in DIRECTIONS:
             raise MetaLearningError(f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
+        if not inner_lr >= 0:
+            raise MetaLearningError(f"inner_lr={inner_lr}: expected at least 0")
         if num_inner_steps < 0:
             raise MetaLearningError(f"num_inner_steps={num_inner_steps}: expected at least 0")
         if chunk_size is not None and chunk_size < 1:
@@ -433,7 +435,8 @@ def _named(error: RuntimeError) -> Exception:
     text = " ".join(str(error).split())[:300]
     if "derivative" in text and ("not implemented" in text or "not differentiable" in text):
         return MetaLearningError(
-            f"the loss cannot be differentiated twice ({text}); first_order=True needs its first derivative only"
+            f"the loss cannot be differentiated twice ({text}); its first derivative is enough for "
+            "first_order=True, which is algorithm=fomaml of MetaLearning"
         )
     if "inplace" in text or "in-place" in text:
         return MetaLearningError(f"the module writes in place where gradients have to flow ({text}); write x = x + y")

@@ -128,6 +128,8 @@ class MetaLearning(Callback):
         self.head = head
         self.query_loss_weights = None if query_loss_weights is None else list(query_loss_weights)
         self.rates_per_step = rates_per_step
+        self._head = head
+        self._restored_random: Any = None
         self._fitting = False
         self._joined: dict[str, Any] = {}
         self._training: Learner | None = None
@@ -199,21 +201,36 @@ class MetaLearning(Callback):
         self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the inner rates, the backend, by which sums are rounded, and the state of random numbers."""
+        """Return the inner rates, what is adapted, the backend, by which sums are rounded, and random numbers."""
         return {
             "rates": {name: rate.detach() for name, rate in self._rates.items()},
+            "algorithm": self.algorithm,
+            "head": self._head,
             "backend": self._training.meta_gradient.chosen if self._training is not None else None,
             "random": random_states(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore them; backend and random numbers only where a training goes on."""
+        before = state_dict.get("algorithm", self.algorithm)
+        if self._fitting and before != self.algorithm and "meta_sgd" in (before, self.algorithm):
+            raise MisconfigurationException(
+                f"{STEP}.algorithm={self.algorithm}: the checkpoint is of {before}, and only meta_sgd has inner rates "
+                f"to optimize; expected algorithm={before}, or a training that begins with the checkpoint's weights"
+            )
         if self.algorithm == "meta_sgd":
             self._rates = dict(state_dict["rates"])
         if self._fitting and self._training is not None:
             if self.backend == "auto" and state_dict["backend"] is not None:
                 self._training.meta_gradient.keep(state_dict["backend"], "as before the training was resumed")
             restore_random_states(state_dict["random"])
+            self._restored_random = state_dict["random"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Restore random numbers again in the middle of an epoch: that its loader was made anew drew some."""
+        if self._restored_random is not None and batch_idx > 0:
+            restore_random_states(self._restored_random)
+        self._restored_random = None
 
     def _learner(
         self, pl_module: LightningModule, training_step: Step, num_steps: int, weights: list[float] | None = None
@@ -224,7 +241,8 @@ class MetaLearning(Callback):
         adapts = None
         if self.algorithm == "anil":
             try:
-                adapts = in_head(pl_module, last_layer(pl_module) if self.head is None else self.head)
+                self._head = last_layer(pl_module) if self.head is None else self.head
+                adapts = in_head(pl_module, self._head)
             except MetaLearningError as error:
                 raise MisconfigurationException(f"{STEP}.{error}") from error
         own = {

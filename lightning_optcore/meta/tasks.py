@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-# (support, query): pytrees of tensors with the tasks along the first axis; or a list of such pairs, one for each task.
+# (support, query), or a mapping of these names: pytrees of tensors with the tasks along the first axis; or a list of
+# such pairs, one for each task.
 Tasks = Any
 
 
@@ -67,7 +68,7 @@ def task_batch(tasks: Tasks) -> TaskBatch:
         if len({_form(task) for task in tasks}) == 1:
             return TaskBatch(stacked(supports), stacked(queries), len(tasks))
         return TaskBatch(OnePerTask(supports), OnePerTask(queries), len(tasks))
-    support, query = tasks
+    support, query = (tasks["support"], tasks["query"]) if _is_named(tasks) else tasks
     sizes = {len(leaf) if leaf.ndim else 0 for leaf in tree_leaves((support, query)) if isinstance(leaf, Tensor)}
     if len(sizes) != 1 or 0 in sizes:
         raise MetaLearningError(
@@ -75,6 +76,11 @@ def task_batch(tasks: Tasks) -> TaskBatch:
         )
     _check_sets([part(support, 0)], [part(query, 0)])
     return TaskBatch(support, query, sizes.pop())
+
+
+def _is_named(tasks: Any) -> bool:
+    """Whether tasks are as EpisodicDataModule and MetaLearning have them."""
+    return isinstance(tasks, Mapping) and {"support", "query"} <= tasks.keys()
 
 
 def stacked(sets: Sequence[Any]) -> Any:

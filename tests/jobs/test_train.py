@@ -180,6 +180,7 @@ def test_a_sweep_gets_the_objective_and_every_run_is_recorded(optcore, tmp_path)
             ["callbacks=post_training_quantization", "callbacks.post_training_quantization.scheme=int8"],
             "callbacks.post_training_quantization.scheme='int8': expected one of auto, static, dynamic",
         ),
+        (["callbacks=meta_learning", "data=few_shot_digits", "data.n_way=9"], "n_way=9: 10 classes do not make"),
     ],
 )
 def test_bad_input_gives_one_clear_line(optcore, overrides, message):

@@ -101,3 +101,24 @@ def test_wrong_options_are_named(make_trainer, options, message):
 def test_a_checkpoint_of_another_module_is_named(make_trainer, checkpoint):
     with pytest.raises(MisconfigurationException, match="is of another module"):
         make_trainer(FastAdaptation(str(checkpoint))).fit(CNN(width=8, depth=1), datamodule=TaskDataModule(episodes()))
+
+
+def test_what_anil_adapted_comes_with_its_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(MetaLearning("anil", adaptation_steps=2, inner_lr=0.1), limit_train_batches=2)
+    trainer.fit(network(), datamodule=episodes())
+    trainer.save_checkpoint(tmp_path / "anil.ckpt")
+    adaptation = FastAdaptation(str(tmp_path / "anil.ckpt"), 2, 0.1, output_dir=str(tmp_path / "adapted"), **QUICK)
+    make_trainer(adaptation).fit(network(), datamodule=TaskDataModule(episodes()))
+    adapted = load_artifact(tmp_path / "adapted").recipe.steps[-1].parameters["adapted"]
+    head = trainer.callbacks[0].state_dict()["head"]
+    assert f"{head}.weight" in adapted
+    assert "features.0.weight" not in adapted
+
+
+def test_a_checkpoint_of_prototypes_is_told(make_trainer, tmp_path):
+    trainer = make_trainer(MetaLearning("protonet"), limit_train_batches=2)
+    trainer.fit(network(), datamodule=episodes())
+    trainer.save_checkpoint(tmp_path / "proto.ckpt")
+    adaptation = FastAdaptation(str(tmp_path / "proto.ckpt"), 2, output_dir=str(tmp_path / "adapted"), **QUICK)
+    with pytest.warns(UserWarning, match="was trained with algorithm=protonet, for no gradient steps"):
+        make_trainer(adaptation).fit(network(), datamodule=TaskDataModule(episodes()))

@@ -338,3 +338,13 @@ def test_a_gradient_that_vmap_has_wrong_is_that_of_the_loop(monkeypatch):
     found = step(tasks)
     assert step.chosen == "loop" and step.reason.startswith("the gradient by vmap differs from it by")
     assert torch.equal(found.gradients["0.weight"], maml(module, squared_error, tasks, backend="loop")[1]["0.weight"])
+
+
+def test_tasks_may_be_named():
+    """As EpisodicDataModule and MetaLearning have them."""
+    net, (support, query) = nn.Linear(1, 1), ((torch.randn(4, 5, 1), torch.randn(4, 5, 1)) for _ in range(2))
+    loss_fn = lambda module, batch: (module(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    loss, _ = maml(net, loss_fn, {"support": support, "query": query})
+    assert torch.equal(loss, maml(net, loss_fn, (support, query))[0])
+    with pytest.raises(MetaLearningError, match=r"inner_lr=-0.1: expected at least 0"):
+        maml(net, loss_fn, (support, query), inner_lr=-0.1)

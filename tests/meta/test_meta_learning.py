@@ -16,7 +16,9 @@ from torchmetrics import MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_optcore.callbacks import MetaLearning
-from lightning_optcore.meta import maml
+from lightning_optcore.data import Digits
+from lightning_optcore.meta import EpisodicDataModule, maml
+from lightning_optcore.models import MLP
 
 ALGORITHMS = ("maml", "fomaml", "anil", "meta_sgd", "reptile", "protonet")
 # With the loss after each of two steps, and rates of each.
@@ -166,6 +168,40 @@ def test_every_algorithm_fits_validates_tests_predicts_and_resumes(make_trainer,
     if not labels:
         assert logged["test/loss"] < logged["pre_adaptation/test/loss"]
         assert whole.validate(module, held_out, verbose=False)[0]["val/loss"] == pytest.approx(logged["test/loss"])
+
+
+@pytest.mark.parametrize("steps", [2, 4, 5])
+def test_a_training_is_resumed_in_the_middle_of_an_epoch(make_trainer, tmp_path, steps):
+    """Where dropout draws random numbers, of which making the loader anew takes some."""
+
+    class Dropped(MLP):
+        def __init__(self):
+            super().__init__(width=16, depth=1)
+            self.dropout = nn.Dropout(0.3)
+
+        def forward(self, x):
+            return super().forward(self.dropout(x))
+
+    def run(ckpt_path=None):
+        seed_everything(0, verbose=False)
+        folder = tmp_path / ("resumed" if ckpt_path else "whole")
+        checkpoint = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        data = EpisodicDataModule(Digits(), 3, 2, 5, num_train_tasks=16, num_val_tasks=4)
+        module = Dropped()
+        trainer = make_trainer(MetaLearning(adaptation_steps=1), checkpoint, max_epochs=2, enable_checkpointing=True)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return module
+
+    whole = run()
+    resumed = run(tmp_path / "whole" / f"step={steps}.ckpt")
+    for key, value in weights_of(whole).items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_a_data_module_of_tasks_is_predicted(make_trainer):
+    data = EpisodicDataModule(Digits(), 3, 2, 5, num_test_tasks=6)
+    outputs = make_trainer(MetaLearning(adaptation_steps=1)).predict(MLP(width=8, depth=1), datamodule=data)
+    assert [len(one) for one in outputs] == [4, 2]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

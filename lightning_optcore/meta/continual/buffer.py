@@ -229,7 +229,8 @@ class SampleBuffer:
             )
         self._values, self._keys, self._strata = [], state["keys"], state["strata"]
         self._generator.set_state(state["generator"].cpu())
-        if state["values"]:
+        # Of a checkpoint from before the first sample: there is room once one comes.
+        if len(state["keys"]):
             self._make_room(state["values"])
             for stored, values in zip(self._values, state["values"], strict=True):
                 stored[: len(values)] = values

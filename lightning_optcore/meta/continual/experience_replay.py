@@ -52,6 +52,8 @@ class ExperienceReplay(TaskCallback):
         temperature: Softens both distributions.
         max_memory: Bytes of samples beyond which they go to a file; by default half of the memory that is free.
         folder: Where that file goes; by default the system's folder of temporary files.
+        network: With ``logits_weight``: name of the submodule that gives the logits, where a step calls several;
+            ``None``: the last one.
         seed: Of what is kept and drawn; the training's own random numbers stay as they are.
 
     Raises:
@@ -72,6 +74,7 @@ class ExperienceReplay(TaskCallback):
         temperature: float = 2.0,
         max_memory: int | None = None,
         folder: str | None = None,
+        network: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class ExperienceReplay(TaskCallback):
         self.label = label
         self.logits_weight = logits_weight
         self.temperature = temperature
+        self.network = network
         self.max_memory = max_memory
         self.folder = folder
         self.seed = seed
@@ -118,7 +122,7 @@ class ExperienceReplay(TaskCallback):
 
     def _added(self, pl_module: Any, batch: Any, calls: list[Call]) -> Tensor:
         try:
-            present, former = last_logits(calls), self._drawn[-1]
+            present, former = last_logits(calls, self.network), self._drawn[-1]
             if len(present) != batch_size_of(batch):
                 raise ValueError(f"{len(present)} rows of logits for {batch_size_of(batch)} samples")
             replayed = present[-len(former) :, : former.shape[1]]
@@ -140,7 +144,7 @@ class ExperienceReplay(TaskCallback):
         with calls_recorded(pl_module) as calls:
             loss_aside(pl_module, batch)
         try:
-            return [last_logits(calls).float()]
+            return [last_logits(calls, self.network).float()]
         except ValueError as error:
             raise MisconfigurationException(f"{STEP}.logits_weight={self.logits_weight}: {error}; set 0") from error
 

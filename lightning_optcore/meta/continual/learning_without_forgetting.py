@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from lightning_optcore.compression.distillation import distillation_loss
 from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.meta.continual.boundary import TaskCallback
-from lightning_optcore.meta.continual.stepping import Call, calls_recorded, join_loss, last_logits, loss_aside
+from lightning_optcore.meta.continual.stepping import (
+    Call,
+    calls_recorded,
+    join_loss,
+    last_call,
+    last_logits,
+    loss_aside,
+)
 
 STEP = "learning_without_forgetting"
 
@@ -49,6 +56,7 @@ class LearningWithoutForgetting(TaskCallback):
         strength: How much more than your own loss the distance weighs. The larger of both weighs 1, so that no strength
             makes longer steps, which would diverge.
         temperature: Softens the distributions.
+        network: Name of the submodule whose outputs are kept, where a step calls several; ``None``: the last one.
 
     Raises:
         MisconfigurationException: If an option makes no sense, or the network gives no logits.
@@ -58,7 +66,7 @@ class LearningWithoutForgetting(TaskCallback):
         >>> trainer = Trainer(callbacks=[LearningWithoutForgetting(strength=1.0)], logger=False)
     """
 
-    def __init__(self, strength: float = 1.0, temperature: float = 2.0) -> None:
+    def __init__(self, strength: float = 1.0, temperature: float = 2.0, network: str | None = None) -> None:
         super().__init__()
         if not strength >= 0:
             raise MisconfigurationException(f"{STEP}.strength={strength}: expected at least 0")
@@ -66,6 +74,7 @@ class LearningWithoutForgetting(TaskCallback):
             raise MisconfigurationException(f"{STEP}.temperature={temperature}: expected more than 0")
         self.strength = strength
         self.temperature = temperature
+        self.network = network
         self._former: Any = None
         self._restored: dict[str, Tensor] | None = None
 
@@ -89,10 +98,10 @@ class LearningWithoutForgetting(TaskCallback):
     def _added(self, pl_module: Any, batch: Any, calls: list[Call]) -> Tensor:
         assert self._former is not None
         try:
-            present = last_logits(calls)
+            present = last_logits(calls, self.network)
             with torch.no_grad(), calls_recorded(self._former) as former_calls:
                 loss_aside(self._former, batch)
-            former = last_logits(former_calls)
+            former = last_logits(former_calls, last_call(calls, self.network).name)
             # Samples that another technique put after the batch's own are not the new task's.
             distance = retention_loss(present[: len(former)], former, self.temperature)
         except ValueError as error:

@@ -6,6 +6,8 @@ import copy
 import itertools
 import json
 import logging
+import math
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -103,12 +106,22 @@ class ContinualPlan:
         Args:
             trainer: Its callbacks say what is done against forgetting. One that has not fitted anything.
             model: Any module that can be fitted to each of the tasks.
+
+        Raises:
+            MisconfigurationException: If the Trainer has fitted before, or the folder's plan is another one.
         """
+        if trainer.global_step:
+            raise MisconfigurationException(
+                f"plan.run: the Trainer has made {trainer.global_step} steps before, and would make none of the plan's"
+                "; give it a new one"
+            )
         fresh = _Fresh(trainer)
         if not self._continued(trainer, model):
             self.matrix.before, self.matrix.rows = self._before(trainer, model), []
             self._write(trainer, model)
         start = len(self.matrix.rows)
+        if start == len(self.tasks):
+            rank_zero_info(f"{self.folder}: the plan is complete, and nothing is run; another folder begins anew")
         for number in range(start, len(self.tasks)):
             log.info("task %d of %d: %s", number + 1, len(self.tasks), self.matrix.tasks[number])
             fresh.restore(trainer)
@@ -167,7 +180,14 @@ class ContinualPlan:
         content = {"model": model.state_dict(), "callbacks": {c.state_key: c.state_dict() for c in _continual(trainer)}}
         with replacing(checkpoint) as temporary:
             torch.save(content, temporary)
-        state = {"version": VERSION, "seed": self.seed, "checkpoint": checkpoint.name, **self.matrix.to_dict()}
+        options = _options(trainer, model)
+        state = {
+            "version": VERSION,
+            "seed": self.seed,
+            "checkpoint": checkpoint.name,
+            "options": options,
+            **self.matrix.to_dict(),
+        }
         write_atomically(self.folder / STATE_FILE, json.dumps(state, indent=2))
         for other in self.folder.glob("task_*.ckpt"):
             if other != checkpoint:
@@ -190,7 +210,13 @@ class ContinualPlan:
                 raise MisconfigurationException(
                     f"{path}: is of another plan ({key} {theirs[key]!r}, not {value!r}); name another folder"
                 )
-        content = torch.load(self.folder / state["checkpoint"], map_location="cpu", weights_only=True)
+        _refuse_others(path, state.get("options", {}), _options(trainer, model))
+        checkpoint = self.folder / state["checkpoint"]
+        try:
+            content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MisconfigurationException(f"{checkpoint}: cannot be read ({reason}); name another folder") from error
         try:
             model.load_state_dict(content["model"])
         except RuntimeError as error:
@@ -204,11 +230,53 @@ class ContinualPlan:
         for key, callback in known.items():
             callback.load_state_dict(content["callbacks"][key])
         self.matrix = matrix
+        if matrix.rows:
+            self._compare(trainer, model, path)
         return True
+
+    def _compare(self, trainer: Trainer, model: LightningModule, path: Path) -> None:
+        """Warn if the tasks are no longer what they were: an evaluation would give what it gave."""
+        now = [self._evaluated(trainer, model, number) for number in range(len(self.tasks))]
+        known = self.matrix.rows[-1]
+        for number, (value, before) in enumerate(zip(now, known, strict=True)):
+            if not math.isclose(value, before, rel_tol=1e-3, abs_tol=1e-3):
+                rank_zero_warn(
+                    f"{path}: {self._key(number)} was evaluated with {self.metric}={before:.4g}, and the same model "
+                    f"has {value:.4g} on it now: data or evaluation are others; another folder begins anew"
+                )
 
     @staticmethod
     def _identity(matrix: AccuracyMatrix) -> dict[str, Any]:
         return {"tasks": matrix.tasks, "metric": matrix.metric, "direction": matrix.direction}
+
+
+def _options(trainer: Any, model: LightningModule) -> dict[str, Any]:
+    """Return what decides how tasks are learned, as far as it is written down: Trainer, model, continual callbacks."""
+
+    def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+        kinds = (bool, int, float, str, type(None))
+        return {
+            key: value for key, value in values.items() if isinstance(value, kinds) and not str(key).startswith("_")
+        }
+
+    found = {
+        "trainer": {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps},
+        "model": plain(model.hparams),
+    }
+    for callback in _continual(trainer):
+        # What it has learned so far is part of its state.
+        found[callback.state_key] = plain(
+            {key: value for key, value in vars(callback).items() if key not in callback.state_dict()}
+        )
+    return {f"{owner}.{key}": value for owner, values in found.items() for key, value in values.items()}
+
+
+def _refuse_others(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    for key in sorted(theirs.keys() & ours.keys()):
+        if theirs[key] != ours[key]:
+            raise MisconfigurationException(
+                f"{path}: was begun with {key}={theirs[key]!r}, not {ours[key]!r}; name another folder, or take that"
+            )
 
 
 def _continual(trainer: Any) -> list[TaskCallback]:

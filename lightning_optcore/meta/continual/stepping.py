@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -210,18 +211,37 @@ def calls_recorded(pl_module: nn.Module) -> Iterator[list[Call]]:
         yield made
 
 
-def last_logits(calls: list[Call]) -> Tensor:
-    """Return what the last module that a step calls gives: the head's logits, where the step calls more than one.
+def last_call(calls: list[Call], network: str | None = None) -> Call:
+    """Return the last call of a network, or of the last one that a step calls: the head's, where there are several.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if network is not None:
+        calls = [call for call in calls if call.name == network]
+    if not calls:
+        raise ValueError(f"training_step does not call {network or 'a module with parameters'}")
+    return calls[-1]
+
+
+def last_logits(calls: list[Call], network: str | None = None) -> Tensor:
+    """Return what :func:`last_call` gives; warn where another network, which may be meant, gives as much.
 
     Raises:
         ValueError: If that is no logits.
     """
-    if not calls:
-        raise ValueError("training_step calls no module with parameters")
-    found = logits_of(calls[-1].output)
+    call = last_call(calls, network)
+    found = logits_of(call.output)
     if found is None:
-        shapes = [tuple(tensor.shape) for tensor in tensors_in(calls[-1].output)]
-        raise ValueError(f"{calls[-1].name or 'the model'} gives {shapes}; expected logits (samples, classes)")
+        shapes = [tuple(tensor.shape) for tensor in tensors_in(call.output)]
+        raise ValueError(f"{call.name or 'the model'} gives {shapes}; expected logits (samples, classes)")
+    others = {one.name: logits_of(one.output) for one in calls if one.name != call.name}
+    rivals = [name for name, given in others.items() if given is not None and given.shape == found.shape]
+    if network is None and rivals:
+        rank_zero_warn(
+            f"training_step calls {', '.join(sorted(rivals))} and {call.name}, whose outputs are of one shape: those "
+            f"of {call.name}, the last one, are taken for the logits; network=... names another"
+        )
     return found
 
 

@@ -97,7 +97,7 @@ def _reloaded(loader: DataLoader, dataset: Dataset) -> DataLoader:
     }
     if type(loader.sampler) in (RandomSampler, SequentialSampler) and loader.batch_size is not None:
         shuffle = isinstance(loader.sampler, RandomSampler)
-        return DataLoader(dataset, loader.batch_size, shuffle=shuffle, drop_last=loader.drop_last, **options)
+        return DataLoader(dataset, batch_size=loader.batch_size, shuffle=shuffle, drop_last=loader.drop_last, **options)
     if len(dataset) != len(loader.dataset):  # type: ignore[arg-type]
         raise MisconfigurationException(
             f"tasks.data: its loader draws with a {type(loader.sampler).__name__}, which knows nothing of a choice of "

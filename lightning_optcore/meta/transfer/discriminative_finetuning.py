@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import LBFGS, Optimizer
 
 from lightning_optcore.compression.training_state import wrap_again
@@ -128,6 +129,11 @@ class DiscriminativeFinetuning(Callback):
         with _configuration_errors():
             self.layer_groups = layer_groups(pl_module, self.groups, self.head)
         names = [group.name for group in self.layer_groups]
+        if self.head is None and self.groups is None:
+            rank_zero_info(
+                f"{STEP}: from the input to the head: {', '.join(names)}, as they are defined; if {names[-1]} does not "
+                "give the output, head=... names what does"
+            )
         unknown = [name for name in self.frozen if name not in names]
         if unknown:
             raise MisconfigurationException(f"{STEP}.frozen={unknown}: no such group, expected some of {names}")

@@ -169,3 +169,49 @@ def test_a_metric_that_is_not_logged_lists_those_that_are(make_trainer):
 def test_wrong_options_fail_at_construction(options, message):
     with pytest.raises(MisconfigurationException, match=message):
         ContinualPlan(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_epochs": 2}, "trainer.max_epochs=1, not 2"),
+        ({"strength": 5.0}, "strength=100.0, not 5.0"),
+        ({"lr": 0.3}, "lr"),
+    ],
+)
+def test_a_plan_is_not_continued_with_other_options(make_trainer, tmp_path, change, message):
+    class Own(Plain):
+        def __init__(self, lr: float = 0.1) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    def run(max_epochs=1, strength=100.0, lr=0.1):
+        trainer = make_trainer(ElasticWeightConsolidation(strength=strength), max_epochs=max_epochs)
+        return ContinualPlan(permuted_tasks(Digits(), num_tasks=2), folder=tmp_path).run(trainer, Own(lr))
+
+    matrix = run()
+    assert run().rows == matrix.rows
+    with pytest.raises(MisconfigurationException, match=rf"was begun with .*{message}"):
+        run(**change)
+
+
+def test_a_complete_plan_says_so_and_other_data_are_noticed(make_trainer, tmp_path, caplog):
+    def run(first_seed):
+        tasks = [PermutedTask(Digits(), seed) for seed in (first_seed, first_seed + 1)]
+        for task in tasks:
+            task.name = "digits"
+        ContinualPlan(tasks, folder=tmp_path).run(make_trainer(max_epochs=4), Plain())
+
+    run(0)
+    with caplog.at_level("INFO"):
+        run(0)
+    assert "the plan is complete, and nothing is run" in caplog.text
+    with pytest.warns(UserWarning, match="the same model has .* data or evaluation are others"):
+        run(7)
+
+
+def test_a_trainer_that_has_fitted_is_refused(make_trainer):
+    trainer, model = make_trainer(max_epochs=1), Plain()
+    trainer.fit(model, datamodule=Digits())
+    with pytest.raises(MisconfigurationException, match=r"the Trainer has made \d+ steps before"):
+        ContinualPlan(permuted_tasks(Digits(), num_tasks=2)).run(trainer, model)

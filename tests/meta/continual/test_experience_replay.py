@@ -7,6 +7,7 @@ import psutil
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from strangers import DictData, Plain, Stranger
 
 from lightning_optcore.callbacks import AveragedGEM, ExperienceReplay
@@ -199,3 +200,18 @@ def test_the_step_sees_the_batch_and_as_many_earlier_samples(make_trainer):
     seen.clear()
     make_trainer(callback, limit_train_batches=3).fit(model, datamodule=ClassTask(data, [2]))
     assert all(labels == [0, 1, 2] for labels in seen[:3])
+
+
+@pytest.mark.parametrize("technique", [ExperienceReplay, AveragedGEM])
+def test_a_checkpoint_of_the_first_fit_is_resumed(make_trainer, tmp_path, technique):
+    """Its buffer holds no sample yet."""
+    first = make_trainer(technique(size=20), max_epochs=1)
+    first.fit(Plain(), datamodule=Digits())
+    first.save_checkpoint(tmp_path / "end.ckpt")
+    early = ModelCheckpoint(tmp_path, filename="early", every_n_train_steps=3, save_top_k=-1)
+    make_trainer(technique(size=20), early, max_epochs=1, enable_checkpointing=True).fit(Plain(), datamodule=Digits())
+    callback, model = technique(size=20), Plain()
+    again = make_trainer(callback, max_epochs=2)
+    again.validate(model, datamodule=Digits(), ckpt_path=early.best_model_path or str(tmp_path / "early.ckpt"))
+    again.fit(model, datamodule=Digits(), ckpt_path=early.best_model_path or str(tmp_path / "early.ckpt"))
+    assert len(callback.buffer) == 20

@@ -92,3 +92,50 @@ def test_a_model_without_logits_is_named(make_trainer):
 def test_wrong_options_fail_at_construction(options, message):
     with pytest.raises(MisconfigurationException, match=message):
         LearningWithoutForgetting(**options)
+
+
+class TwoNetworks(Plain):
+    """A classifier, and a decoder of outputs of the same width that is called after it."""
+
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__()
+        self.automatic_optimization = not manual
+        self.decoder = nn.Linear(64, 10)
+
+    def training_step(self, batch, batch_idx):
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        if self.automatic_optimization:
+            return loss + 0.01 * self.decoder(batch[0].flatten(1)).square().mean()
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        self.manual_backward(self.decoder(batch[0].flatten(1)).square().mean())
+        optimizer.step()
+        return None
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_the_network_whose_outputs_are_kept_can_be_named(make_trainer, manual):
+    torch.manual_seed(0)
+    callback, model = LearningWithoutForgetting(strength=1e4, network="net"), TwoNetworks(manual)
+    make_trainer(callback, max_epochs=5).fit(model, datamodule=Digits())
+    digits = Digits()
+    digits.setup()
+    images = next(iter(digits.val_dataloader()))[0]
+    before = model.net(images).argmax(1)
+    make_trainer(callback, max_epochs=2).fit(model, datamodule=PermutedTask(Digits(), 1))
+    assert float((model.net(images).argmax(1) == before).float().mean()) > 0.7
+
+
+def test_outputs_that_may_be_the_logits_are_told(make_trainer):
+    callback, model = LearningWithoutForgetting(), TwoNetworks()
+    make_trainer(callback, limit_train_batches=2).fit(model, datamodule=Digits())
+    with pytest.warns(UserWarning, match="calls net and decoder, whose outputs are of one shape.*network=... names"):
+        make_trainer(callback, limit_train_batches=2).fit(model, datamodule=Digits())
+
+
+def test_a_network_that_is_not_called_is_told(make_trainer):
+    callback, model = LearningWithoutForgetting(network="nett"), Plain()
+    make_trainer(callback, limit_train_batches=2).fit(model, datamodule=Digits())
+    with pytest.raises(MisconfigurationException, match="training_step does not call nett"):
+        make_trainer(callback, limit_train_batches=2).fit(model, datamodule=Digits())
