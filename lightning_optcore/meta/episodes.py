@@ -312,8 +312,8 @@ class EpisodicDataModule(LightningDataModule):
         if isinstance(source, Iterable):
             if isinstance(source, Iterator):
                 rank_zero_warn(
-                    f"source={type(source).__name__}: gives its tasks once, and none to what comes after the first epoch; "
-                    "expected a list, or an iterable that can be iterated again"
+                    f"source={type(source).__name__}: gives its tasks once, and none to what comes after the first "
+                    "epoch; expected a list, or an iterable that can be iterated again"
                 )
             return StreamedEpisodes(source, *self._ranks())
         raise MetaLearningError(

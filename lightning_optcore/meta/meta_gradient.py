@@ -216,7 +216,9 @@ class MetaGradient:
                 try:
                     together = torch.vmap(after, randomness="different")(batch.supports)
                     return [part(together, i) for i in range(batch.count)]
-                except RuntimeError as error:
+                except MetaLearningError:
+                    raise
+                except (RuntimeError, ValueError) as error:
                     self.keep("loop", _why_no_vmap(error))
             return [after(part(batch.supports, i)) for i in range(batch.count)]
 
@@ -359,10 +361,13 @@ class MetaGradient:
             for backend in ("vmap", "loop"):
                 try:
                     seconds[backend], steps[backend] = self._timed(backend, parameters, buffers, rates, batch)
-                except RuntimeError as error:
+                except MetaLearningError:
+                    raise
+                except (RuntimeError, ValueError) as error:
+                    # A ValueError is of vmap where a task holds what is no tensor.
                     if backend == "vmap":
                         return self.keep("loop", _why_no_vmap(error))
-                    raise _named(error) from error
+                    raise (_named(error) if isinstance(error, RuntimeError) else error) from error
             is_random = device.type == "cuda" or not torch.equal(before, torch.get_rng_state())
         difference = _difference(steps["vmap"].gradients, steps["loop"].gradients)
         if not is_random and not difference < _TOLERANCE:
@@ -443,5 +448,5 @@ def _named(error: RuntimeError) -> Exception:
     return error
 
 
-def _why_no_vmap(error: RuntimeError) -> str:
+def _why_no_vmap(error: Exception) -> str:
     return f"vmap: {' '.join(str(error).split())[:200]}"

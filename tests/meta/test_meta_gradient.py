@@ -348,3 +348,11 @@ def test_tasks_may_be_named():
     assert torch.equal(loss, maml(net, loss_fn, (support, query))[0])
     with pytest.raises(MetaLearningError, match=r"inner_lr=-0.1: expected at least 0"):
         maml(net, loss_fn, (support, query), inner_lr=-0.1)
+
+
+def test_tasks_with_something_that_is_no_tensor_are_learned_by_the_loop():
+    net = nn.Linear(1, 1)
+    tasks = tuple({"x": torch.randn(4, 5, 1), "name": "sine"} for _ in range(2))
+    step = MetaGradient(net, lambda module, batch: module(batch["x"]).square().mean())
+    assert torch.isfinite(step(tasks).loss)
+    assert step.chosen == "loop"
