@@ -157,7 +157,7 @@ def scaled(importance: Tensors, mean: float = MEAN_IMPORTANCE) -> Tensors:
         >>> scaled({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([2.0])}, mean=1.0)
         {'a': tensor([0.5000, 1.5000]), 'b': tensor([1.])}
     """
-    total = sum(float(value.double().sum()) for value in importance.values())
+    total = sum(float(value.detach().double().sum()) for value in importance.values())
     number = sum(value.numel() for value in importance.values())
     if not total > 0:
         return importance
