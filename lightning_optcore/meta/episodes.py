@@ -36,6 +36,7 @@ class LabelledEpisodes(Dataset[Task]):
         classes: Labels to choose from; ``None``: all.
         seed: Of the tasks.
         task_transform: Called with a task and a generator, e.g. :class:`~lightning_optcore.meta.Rotations`.
+        count: The length, for those that ask for one; there are tasks beyond it.
 
     Raises:
         MetaLearningError: If there are not so many classes, or not so many samples of one.
@@ -57,7 +58,9 @@ class LabelledEpisodes(Dataset[Task]):
         classes: Sequence[int] | None = None,
         seed: int = 0,
         task_transform: TaskTransform | None = None,
+        count: int = 1000,
     ) -> None:
+        self.count = count
         for name, value in (("n_way", n_way), ("k_shot", k_shot), ("num_query", num_query)):
             if value < 1:
                 raise MetaLearningError(f"{name}={value}: expected at least 1")
@@ -74,6 +77,9 @@ class LabelledEpisodes(Dataset[Task]):
                 raise MetaLearningError(
                     f"k_shot={k_shot}, num_query={num_query}: class {one} has {len(members)} samples, not {needed}"
                 )
+
+    def __len__(self) -> int:
+        return self.count
 
     def __getitem__(self, index: int) -> Task:
         """Return one task."""
@@ -99,6 +105,7 @@ class FunctionEpisodes(Dataset[Task]):
     Args:
         family: Returns ``(support, query)``, drawn with the generator that it is given.
         seed: Of the tasks.
+        count: The length, for those that ask for one; there are tasks beyond it.
 
     Example:
         >>> from lightning_optcore.meta import Sinusoids
@@ -107,8 +114,11 @@ class FunctionEpisodes(Dataset[Task]):
         torch.Size([10, 1])
     """
 
-    def __init__(self, family: TaskFamily, seed: int = 0) -> None:
-        self.family, self.seed = family, seed
+    def __init__(self, family: TaskFamily, seed: int = 0, count: int = 1000) -> None:
+        self.family, self.seed, self.count = family, seed, count
+
+    def __len__(self) -> int:
+        return self.count
 
     def __getitem__(self, index: int) -> Task:
         """Return one task."""
@@ -270,7 +280,14 @@ class EpisodicDataModule(LightningDataModule):
             if (dataset := labelled[name]) is not None:
                 assert chosen is not None
                 self._episodes[name] = LabelledEpisodes(
-                    dataset, self.n_way, self.k_shot, self.num_query, chosen[name], seed, self.task_transform
+                    dataset,
+                    self.n_way,
+                    self.k_shot,
+                    self.num_query,
+                    chosen[name],
+                    seed,
+                    self.task_transform,
+                    self.counts[name],
                 )
             else:
                 self._episodes[name] = self._other_episodes(source, name, seed)
@@ -305,7 +322,7 @@ class EpisodicDataModule(LightningDataModule):
 
     def _other_episodes(self, source: Any, name: str, seed: int) -> Any:
         if callable(source):
-            return FunctionEpisodes(source, seed)
+            return FunctionEpisodes(source, seed, self.counts[name])
         if isinstance(source, Sequence):
             self.counts[name] = min(self.counts[name], len(source))
             return ListedEpisodes(source, name == "train", seed)

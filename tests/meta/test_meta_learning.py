@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_optcore.callbacks import MetaLearning
 from lightning_optcore.data import Digits
 from lightning_optcore.meta import EpisodicDataModule, maml
+from lightning_optcore.meta import Sinusoids as TaskFamily
 from lightning_optcore.models import MLP
 
 ALGORITHMS = ("maml", "fomaml", "anil", "meta_sgd", "reptile", "protonet")
@@ -196,6 +197,21 @@ def test_a_training_is_resumed_in_the_middle_of_an_epoch(make_trainer, tmp_path,
     resumed = run(tmp_path / "whole" / f"step={steps}.ckpt")
     for key, value in weights_of(whole).items():
         assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("source", [Digits(), TaskFamily(k_shot=5)])
+def test_the_same_batch_can_be_learned_again_and_again(make_trainer, source):
+    module = MLP(width=8, depth=1) if isinstance(source, Digits) else Regression()
+    seen = []
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch["support"][0])
+
+    trainer = make_trainer(MetaLearning(adaptation_steps=1), Seen(), max_epochs=3, overfit_batches=1)
+    trainer.fit(module, datamodule=EpisodicDataModule(source, 3, 2, 5))
+    assert len(seen) == 3
+    assert all(torch.equal(one, seen[0]) for one in seen)
 
 
 def test_a_data_module_of_tasks_is_predicted(make_trainer):
