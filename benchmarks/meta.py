@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -269,12 +270,14 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def in_turns(alternatives: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Return the median seconds of each; all have a turn in every round."""
+    """Return the median seconds of each; all have a turn in every round, in another order."""
     taken: dict[str, list[float]] = {name: [] for name in alternatives}
+    order = list(alternatives)
     for number in range(rounds + 2):
-        for name, call in alternatives.items():
+        random.Random(number).shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            call()
+            alternatives[name]()
             if number >= 2:
                 taken[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in taken.items()}
