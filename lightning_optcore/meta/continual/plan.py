@@ -264,10 +264,8 @@ def _options(trainer: Any, model: LightningModule) -> dict[str, Any]:
         "model": plain(model.hparams),
     }
     for callback in _continual(trainer):
-        # What it has learned so far is part of its state.
-        found[callback.state_key] = plain(
-            {key: value for key, value in vars(callback).items() if key not in callback.state_dict()}
-        )
+        learned = callback.state_dict().keys()
+        found[callback.state_key] = plain({key: value for key, value in vars(callback).items() if key not in learned})
     return {f"{owner}.{key}": value for owner, values in found.items() for key, value in values.items()}
 
 
