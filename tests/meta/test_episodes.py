@@ -158,3 +158,9 @@ def test_training_goes_on_in_the_middle_of_an_epoch(make_trainer, tmp_path):
 def test_what_makes_no_tasks_is_named(options, message):
     with pytest.raises(MetaLearningError, match=message):
         EpisodicDataModule(**{"source": Digits(), "num_query": 3, **options}).setup()
+
+
+def test_an_iterator_is_told_that_it_ends():
+    task = (torch.zeros(2, 1), torch.zeros(2, 1))
+    with pytest.warns(UserWarning, match="gives its tasks once"):
+        EpisodicDataModule(iter([task, task])).setup()

@@ -214,6 +214,16 @@ def test_the_same_batch_can_be_learned_again_and_again(make_trainer, source):
     assert all(torch.equal(one, seen[0]) for one in seen)
 
 
+@pytest.mark.parametrize(("before", "after"), [("maml", "meta_sgd"), ("meta_sgd", "fomaml")])
+def test_inner_rates_that_a_checkpoint_lacks_or_has_are_told(make_trainer, tmp_path, before, after):
+    trainer = make_trainer(MetaLearning(before, adaptation_steps=1), limit_train_batches=1)
+    trainer.fit(Regression(), tasks_of(8))
+    trainer.save_checkpoint(tmp_path / "before.ckpt")
+    again = make_trainer(MetaLearning(after, adaptation_steps=1), max_epochs=2, limit_train_batches=1)
+    with pytest.raises(MisconfigurationException, match=rf"algorithm={after}: the checkpoint is of {before}"):
+        again.fit(Regression(), tasks_of(8), ckpt_path=tmp_path / "before.ckpt")
+
+
 def test_a_data_module_of_tasks_is_predicted(make_trainer):
     data = EpisodicDataModule(Digits(), 3, 2, 5, num_test_tasks=6)
     outputs = make_trainer(MetaLearning(adaptation_steps=1)).predict(MLP(width=8, depth=1), datamodule=data)
