@@ -23,6 +23,7 @@ from lightning_optcore.meta.continual.stepping import (
     Call,
     batch_size_of,
     calls_recorded,
+    check_network,
     join_loss,
     join_step,
     last_logits,
@@ -99,6 +100,7 @@ class ExperienceReplay(TaskCallback):
 
     def begin_task(self, trainer: Any, pl_module: Any) -> None:
         """Let samples join the batches, once there are some."""
+        check_network(pl_module, self.network, STEP)
         if not len(self.buffer):
             return
         if self.logits_weight:

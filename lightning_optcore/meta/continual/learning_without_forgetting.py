@@ -17,6 +17,7 @@ from lightning_optcore.meta.continual.boundary import TaskCallback
 from lightning_optcore.meta.continual.stepping import (
     Call,
     calls_recorded,
+    check_network,
     join_loss,
     last_call,
     last_logits,
@@ -80,6 +81,7 @@ class LearningWithoutForgetting(TaskCallback):
 
     def begin_task(self, trainer: Any, pl_module: Any) -> None:
         """Let the former model join the training step, once there is one."""
+        check_network(pl_module, self.network, STEP)
         if self._restored is not None:
             self._former = _frozen_copy(pl_module)
             try:

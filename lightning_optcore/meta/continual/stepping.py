@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -209,6 +210,17 @@ def calls_recorded(pl_module: nn.Module) -> Iterator[list[Call]]:
             if next(module.parameters(), None) is not None:
                 stack.enter_context(replaced_forward(module, recording(name, module.forward)))
         yield made
+
+
+def check_network(pl_module: nn.Module, network: str | None, owner: str) -> None:
+    """Check, before the first task is learned, that there is a submodule of this name.
+
+    Raises:
+        MisconfigurationException: If there is none.
+    """
+    if network is not None and network not in dict(pl_module.named_modules()):
+        names = ", ".join(name for name, _ in pl_module.named_children())
+        raise MisconfigurationException(f"{owner}.network={network}: no such submodule; expected one of {names}")
 
 
 def last_call(calls: list[Call], network: str | None = None) -> Call:

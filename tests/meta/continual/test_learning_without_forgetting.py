@@ -135,7 +135,14 @@ def test_outputs_that_may_be_the_logits_are_told(make_trainer):
 
 
 def test_a_network_that_is_not_called_is_told(make_trainer):
-    callback, model = LearningWithoutForgetting(network="nett"), Plain()
+    callback, model = LearningWithoutForgetting(network="net.1"), Plain()
     make_trainer(callback, limit_train_batches=2).fit(model, datamodule=Digits())
-    with pytest.raises(MisconfigurationException, match="training_step does not call nett"):
+    with pytest.raises(MisconfigurationException, match="training_step does not call net"):
         make_trainer(callback, limit_train_batches=2).fit(model, datamodule=Digits())
+
+
+@pytest.mark.parametrize("technique", [LearningWithoutForgetting, ExperienceReplay])
+def test_a_network_that_is_not_there_is_told_before_the_first_task(make_trainer, technique):
+    trainer = make_trainer(technique(network="nett"), limit_train_batches=2)
+    with pytest.raises(MisconfigurationException, match="network=nett: no such submodule; expected one of net"):
+        trainer.fit(Plain(), datamodule=Digits())
