@@ -90,8 +90,9 @@ def _standard_look_up(
     constants = {
         "int4": halves[:, : columns // 2] | (halves[:, columns // 2 :] << 4),
         "int4_scale": scales[..., None],
-        "int4_low": np.array(15, np.uint8),
-        "int4_shift": np.array(4, np.uint8),
+        "int4_low": np.array(0x0F, np.uint8),
+        "int4_high": np.array(0xF0, np.uint8),
+        "int4_sixteenth": np.array(1 / 16, np.float32),
         "int4_zero": np.array(8, np.float32),
         "int4_blocks": np.array([-1, columns // block, block]),
         "int4_columns": np.array([columns]),
@@ -108,9 +109,10 @@ def _standard_look_up(
 
     indices = step("Reshape", node.input[1], "int4_flat")
     pairs = step("Gather", "int4", indices)
-    low = step("BitwiseAnd", pairs, "int4_low")
-    high = step("BitShift", pairs, "int4_shift", direction="RIGHT")
-    row = step("Cast", step("Concat", low, high, axis=-1), to=TensorProto.FLOAT)
+    low = step("Cast", step("BitwiseAnd", pairs, "int4_low"), to=TensorProto.FLOAT)
+    high = step("Cast", step("BitwiseAnd", pairs, "int4_high"), to=TensorProto.FLOAT)
+    # No BitShift: OpenVINO divides by 16 instead, and rounds up where it computes in 8 bits.
+    row = step("Concat", low, step("Mul", high, "int4_sixteenth"), axis=-1)
     row = step("Reshape", step("Sub", row, "int4_zero"), "int4_blocks")
     scale = step("Cast", step("Gather", "int4_scale", indices), to=TensorProto.FLOAT)
     row = step("Mul", row, scale)

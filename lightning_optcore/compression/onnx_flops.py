@@ -35,7 +35,7 @@ def num_parameters(model: onnx.ModelProto) -> int:
     """Return the number of weights: initializers without shapes, scales and zero points."""
     skipped = {name for node in model.graph.node if node.op_type in _QUANTIZERS for name in list(node.input)[1:]}
     # Dynamic quantization hands scales and zero points to other nodes; its names are the convention.
-    suffixes = ("_scale", "_zero_point", "_quantized_scale", "_int4_low", "_int4_shift", "_int4_zero")
+    suffixes = ("_scale", "_zero_point", "_quantized_scale", "_int4_low", "_int4_high", "_int4_sixteenth", "_int4_zero")
     # Two weights of 4 bits share a byte, and scales follow as the next input.
     halves = {node.input[1] for node in model.graph.node if node.op_type == "MatMulNBits"}
     halves |= {
