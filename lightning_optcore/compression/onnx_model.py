@@ -136,11 +136,14 @@ class OnnxModel:
         return onnx.load_from_string(self.content)
 
     @cached_property
-    def _plain_inputs(self) -> list[tuple[str, np.dtype[Any]]]:
-        """Names and types of the inputs when all are plain tensors, else none: a small model is as fast as its call."""
-        values = list(self.signature.inputs.values())
-        plain = [(v.name, np.dtype(v.dtype)) for v in values if isinstance(v, TensorSpec)]
-        return plain if len(plain) == len(values) else []
+    def _plain_inputs(self) -> list[tuple[str, str, np.dtype[Any]]]:
+        """Arguments, names and types of the inputs when all are plain tensors, else none.
+
+        A small model is as fast as its call.
+        """
+        inputs = self.signature.inputs
+        plain = [(key, v.name, np.dtype(v.dtype)) for key, v in inputs.items() if isinstance(v, TensorSpec)]
+        return plain if len(plain) == len(inputs) else []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model.
@@ -196,8 +199,10 @@ class OnnxModel:
     def _feeds(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], bool]:
         feeds: dict[str, np.ndarray] = {}
         as_torch = False
-        if self._plain_inputs and not kwargs and len(args) == len(self._plain_inputs):
-            for (name, dtype), value in zip(self._plain_inputs, args, strict=True):
+        plain = self._plain_inputs
+        if plain and len(args) + len(kwargs) == len(plain):
+            values = [*args, *(kwargs.get(argument) for argument, _, _ in plain[len(args) :])]
+            for (_, name, dtype), value in zip(plain, values, strict=True):
                 as_torch |= isinstance(value, Tensor)
                 array = _as_array(value)
                 if array.dtype != dtype:

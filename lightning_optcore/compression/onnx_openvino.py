@@ -40,24 +40,37 @@ def open_model(content: bytes, num_threads: int | None) -> Run:
         settings["INFERENCE_NUM_THREADS"] = num_threads
     core = openvino.Core()
     model = core.read_model(content)
-    requests: dict[_Shapes, Any] = {}
+    compiled: dict[_Shapes, Run] = {}
 
-    def request_for(feeds: Mapping[str, np.ndarray]) -> Any:
+    def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         shapes: _Shapes = tuple((name, value.shape) for name, value in feeds.items())
-        if shapes not in requests and len(requests) >= _FIXED_SHAPES:
+        if shapes not in compiled and len(compiled) >= _FIXED_SHAPES:
             shapes = _ANY
-        if shapes not in requests:
+        if shapes not in compiled:
             shaped = model.clone()
             if shapes != _ANY:
                 shaped.reshape({name: list(shape) for name, shape in shapes})
-            requests[shapes] = core.compile_model(shaped, "CPU", settings).create_infer_request()
-        return requests[shapes]
+            compiled[shapes] = _call_of(core.compile_model(shaped, "CPU", settings))
+        return compiled[shapes](feeds)
+
+    return run
+
+
+def _call_of(compiled: Any) -> Run:
+    request = compiled.create_infer_request()
+    # The request owns its buffers and writes them again at the next call: results are copied.
+    if any(port.partial_shape.is_dynamic for port in (*compiled.inputs, *compiled.outputs)):
+        return lambda feeds: [
+            np.array(value) for value in request.infer(dict(feeds), share_inputs=True, share_outputs=True).to_tuple()
+        ]
+    inputs = {name: request.get_tensor(port).data for port in compiled.inputs for name in port.names}
+    outputs = [request.get_tensor(port).data for port in compiled.outputs]
 
     def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        request = request_for(feeds)
-        results = request.infer(dict(feeds), share_inputs=True, share_outputs=True)
-        # The request owns its buffers and writes them again at the next call.
-        return [np.array(value) for value in results.to_tuple()]
+        for name, value in feeds.items():
+            inputs[name][...] = value
+        request.infer(share_outputs=True)
+        return [value.copy() for value in outputs]
 
     return run
 
