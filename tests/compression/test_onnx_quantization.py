@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,17 @@ def test_openvino_is_compiled_for_the_first_shapes_and_then_for_any(monkeypatch)
         x = torch.randn(count, 6)
         torch.testing.assert_close(opened(x), net(x).detach(), rtol=0.02, atol=0.02)
     assert [model.is_dynamic() for model in compiled] == [False] * 4 + [True]
+
+
+def test_threads_may_share_an_artifact_of_openvino():
+    net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
+    exported = export_onnx(net, torch.randn(2, 256))
+    opened = OnnxModel(exported.content, exported.signature, runtime="openvino", num_threads=1)
+    inputs = [torch.randn(1 + i % 2, 256) for i in range(400)]
+    alone = [opened(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(opened, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("height", [1e-6, 1e6])
