@@ -46,7 +46,14 @@ def open_model(content: bytes, num_threads: int | None) -> Run:
     lock = threading.Lock()
 
     def call_for(shapes: _Shapes) -> Run:
-        if shapes not in compiled and len(compiled) >= _FIXED_SHAPES:
+        if shapes in compiled:
+            return compiled[shapes]
+        for name, shape in shapes:
+            # To reshape is to allow what the model was not exported for: another length, or rank.
+            if not model.input(name).partial_shape.compatible(openvino.PartialShape(list(shape))):
+                expected = model.input(name).partial_shape.to_string()
+                raise ValueError(f"{name}: has the shape {list(shape)}, expected {expected} (? is any)")
+        if len(compiled) >= _FIXED_SHAPES:
             shapes = _ANY
         if shapes not in compiled:
             shaped = model.clone()

@@ -251,6 +251,15 @@ def test_openvino_is_compiled_for_the_first_shapes_and_then_for_any(monkeypatch)
     assert [model.is_dynamic() for model in compiled] == [False] * 4 + [True]
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 4), (3, 6)])
+def test_openvino_takes_the_shapes_alone_that_were_exported(shape):
+    exported = export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(6, 3)), torch.randn(2, 2, 3))
+    opened = OnnxModel(exported.content, exported.signature, runtime="openvino")
+    with pytest.raises(ValueError, match=rf"has the shape \[{', '.join(map(str, shape))}\], expected \[\?,2,3\]"):
+        opened(torch.randn(shape))
+    assert opened(torch.randn(5, 2, 3)).shape == (5, 3)
+
+
 def test_threads_may_share_an_artifact_of_openvino():
     net = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
     exported = export_onnx(net, torch.randn(2, 256))
