@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_optcore.option_values import is_whole
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -87,7 +89,7 @@ class Recipe:
         if not isinstance(data, Mapping) or not isinstance(data.get("steps"), list):
             raise RecipeError("not a recipe: expected an object with schema_version and a list of steps")
         version = data.get("schema_version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        if not is_whole(version, least=1):
             raise RecipeError(f"schema_version={version!r} of the recipe: expected a positive integer")
         if version > SCHEMA_VERSION:
             raise RecipeError(

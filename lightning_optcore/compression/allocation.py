@@ -37,6 +37,7 @@ from lightning_optcore.compression.quantization import SCHEMES, QuantizedModel, 
 from lightning_optcore.compression.user_validation import quality_drop
 from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.option_values import is_number
 from lightning_optcore.recipe import Step, register_step
 
 log = logging.getLogger(__name__)
@@ -285,19 +286,15 @@ def _check_arguments(
     ranks: Sequence[float],
 ) -> None:
     for name, value in (("budget_bytes", budget_bytes), ("budget_latency_ms", budget_latency_ms)):
-        if value is not None and not (_is_number(value) and 0 < value < float("inf")):
+        if value is not None and not (is_number(value) and 0 < value < float("inf")):
             raise MisconfigurationException(f"{STEP}.{name}={value!r}: expected a positive number, or null")
-    if max_quality_drop is not None and not (_is_number(max_quality_drop) and max_quality_drop >= 0):
+    if max_quality_drop is not None and not (is_number(max_quality_drop) and max_quality_drop >= 0):
         raise MisconfigurationException(f"{STEP}.max_quality_drop={max_quality_drop!r}: expected at least 0, or null")
     if scheme not in SCHEMES:
         raise MisconfigurationException(f"{STEP}.scheme={scheme!r}: expected one of {', '.join(SCHEMES)}")
     for key, fractions in (("widths", widths), ("ranks", ranks)):
-        if any(not (_is_number(fraction) and 0 < fraction < 1) for fraction in fractions):
+        if any(not (is_number(fraction) and 0 < fraction < 1) for fraction in fractions):
             raise MisconfigurationException(f"{STEP}.{key}={list(fractions)}: expected fractions between 0 and 1")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class LayerwiseAllocation(ArtifactCallback):

@@ -20,6 +20,7 @@ from lightning_optcore.compression.channel_groups import ChannelGroups, Ranking,
 from lightning_optcore.compression.reconstruction import rank_by_reconstruction
 from lightning_optcore.compression.schedule import cubic
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.option_values import is_number
 
 STEP = "structured_pruning"
 CRITERIA = ("reconstruction", "taylor", "l2", "random")
@@ -218,7 +219,7 @@ def check_targets(targets: Targets) -> None:
 def check_fractions(targets: Targets) -> None:
     """Raise :class:`MisconfigurationException` if a target is no fraction."""
     for name, value in targets.given().items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        if not is_number(value) or not 0 < value <= 1:
             raise MisconfigurationException(
                 f"{STEP}.target_{name}={value!r}: expected the fraction of the original to leave, above 0, at most 1"
             )

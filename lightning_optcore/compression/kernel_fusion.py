@@ -25,6 +25,7 @@ from lightning_optcore.compression.speed_check import SpeedCheck, check_speed, e
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, detached_copy, submodule
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.yardstick import check_arguments
+from lightning_optcore.option_values import is_number
 from lightning_optcore.recipe import Step, register_step
 
 STEP = "kernel_fusion"
@@ -385,7 +386,7 @@ class KernelFusion(Callback):
 
 def _check_options(max_compile_seconds: Any, repay_calls: Any, batch_sizes: Any, num_threads: Any, rounds: Any) -> None:
     for key, value in (("max_compile_seconds", max_compile_seconds), ("repay_calls", repay_calls)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        if not is_number(value) or not value > 0:
             raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected a number of more than 0")
     try:
         check_arguments(batch_sizes, num_threads, rounds)

@@ -42,6 +42,7 @@ from lightning_optcore.compression.schedule import Schedule
 from lightning_optcore.compression.training_state import is_plain, replace_parameter, wrap_again
 from lightning_optcore.measurement.forward_calls import ForwardRecorder, submodule
 from lightning_optcore.measurement.inputs import Inputs
+from lightning_optcore.option_values import is_number, is_whole
 from lightning_optcore.random_states import random_states, restore_random_states
 from lightning_optcore.recipe import Step, register_step
 
@@ -253,7 +254,7 @@ class LowRankFactorization(Callback):
     ) -> None:
         super().__init__()
         _check_options(energy, target_params)
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        if not is_whole(samples, least=1):
             raise MisconfigurationException(f"{STEP}.samples={samples!r}: expected a whole number of at least 1")
         self._schedule = Schedule(start_epoch, None, _RECORDED_BATCHES)
         self._schedule.check(STEP)
@@ -430,8 +431,7 @@ class LowRankFactorization(Callback):
 
 def _check_options(energy: Any, target_params: Any) -> None:
     for key, value in (("energy", energy), ("target_params", target_params)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < 1):
+        if value is not None and not (is_number(value) and 0 < value < 1):
             raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected a share between 0 and 1")
     if energy is not None and target_params is not None:
         raise MisconfigurationException(

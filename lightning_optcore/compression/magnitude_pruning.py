@@ -31,6 +31,7 @@ from lightning_optcore.compression.checkpoints import (
     write_recipe,
 )
 from lightning_optcore.compression.schedule import Schedule, cubic
+from lightning_optcore.option_values import is_number
 from lightning_optcore.recipe import Step, register_step
 
 STEP = "magnitude_pruning"
@@ -359,8 +360,8 @@ def _check_options(target_sparsity: float, pattern: str, scope: str) -> None:
         raise MisconfigurationException(f"{STEP}.pattern={pattern!r}: expected one of {', '.join(PATTERNS)}")
     if scope not in SCOPES:
         raise MisconfigurationException(f"{STEP}.scope={scope!r}: expected one of {', '.join(SCOPES)}")
-    if isinstance(target_sparsity, bool) or not 0 <= target_sparsity < 1:
-        raise MisconfigurationException(f"{STEP}.target_sparsity={target_sparsity}: expected from 0 to below 1")
+    if not is_number(target_sparsity) or not 0 <= target_sparsity < 1:
+        raise MisconfigurationException(f"{STEP}.target_sparsity={target_sparsity!r}: expected from 0 to below 1")
     if pattern == "2:4" and target_sparsity != 0.5:
         raise MisconfigurationException(f"{STEP}.target_sparsity={target_sparsity}: the pattern 2:4 makes 0.5")
 

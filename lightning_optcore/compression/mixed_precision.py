@@ -30,6 +30,7 @@ from lightning_optcore.measurement.forward_calls import ForwardRecorder, detache
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.modes import fused_attention_off
 from lightning_optcore.measurement.yardstick import check_arguments
+from lightning_optcore.option_values import is_number
 from lightning_optcore.recipe import Step, register_step
 
 STEP = "mixed_precision"
@@ -226,8 +227,7 @@ class MixedPrecision(Callback):
         _check_one_of("dtype", dtype, tuple(DTYPES))
         _check_one_of("mode", mode, ("min", "max", None))
         for key, value in (("measured_steps", measured_steps), ("max_quality_drop", max_quality_drop)):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and value >= 0):
+            if value is not None and not (is_number(value) and value >= 0):
                 raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected a number of at least 0")
         try:
             check_arguments(batch_sizes, num_threads, rounds)

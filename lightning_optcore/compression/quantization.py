@@ -34,6 +34,7 @@ from lightning_optcore.compression.onnx_quantization import QuantizationError, W
 from lightning_optcore.compression.user_validation import quality_drop
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.timing import time_in_turns
+from lightning_optcore.option_values import is_number
 from lightning_optcore.recipe import register_step
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -407,8 +408,7 @@ class PostTrainingQuantization(ArtifactCallback):
 
 
 def _check_drop(value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (number and 0 <= value < float("inf")):
+    if value is not None and not (is_number(value) and 0 <= value < float("inf")):
         raise MisconfigurationException(f"{STEP}.max_quality_drop={value!r}: expected a number of at least 0, or null")
 
 

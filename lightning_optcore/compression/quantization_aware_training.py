@@ -50,6 +50,7 @@ from lightning_optcore.compression.training_state import all_finite
 from lightning_optcore.measurement.forward_calls import detached_copy, submodule
 from lightning_optcore.measurement.inputs import Inputs
 from lightning_optcore.measurement.modes import fused_attention_off
+from lightning_optcore.option_values import is_number
 from lightning_optcore.random_states import random_states, restore_random_states
 from lightning_optcore.recipe import Step, register_step
 
@@ -383,8 +384,7 @@ def _check_scheme(scheme: Any) -> None:
 
 def _check_epochs(start: Any, freeze: Any) -> None:
     for key, value in (("start_epoch", start), ("freeze_epoch", freeze)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not (number and 0 <= value < float("inf")) and not (key == "freeze_epoch" and value is None):
+        if not (is_number(value) and 0 <= value < float("inf")) and not (key == "freeze_epoch" and value is None):
             raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected a number of at least 0")
     if freeze is not None and freeze < start:
         raise MisconfigurationException(f"{STEP}.freeze_epoch={freeze}: expected at least start_epoch={start}")

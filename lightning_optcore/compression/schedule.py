@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_optcore.option_values import is_number
+
 # A gradual schedule acts this often; each time the training has some steps to recover.
 _GRADUAL_ACTIONS = 10
 
@@ -32,7 +34,7 @@ class Schedule:
         for key, epoch in (("start_epoch", self.start_epoch), ("end_epoch", self.end_epoch)):
             if key == "end_epoch" and epoch is None:
                 continue
-            if isinstance(epoch, bool) or not isinstance(epoch, (int, float)) or not 0 <= epoch < float("inf"):
+            if not is_number(epoch) or not 0 <= epoch < float("inf"):
                 raise MisconfigurationException(f"{technique}.{key}={epoch!r}: expected a number of at least 0")
         if self.end_epoch is not None and self.end_epoch < self.start_epoch:
             raise MisconfigurationException(

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_optcore.distributed.exchange import Begin, begin_cast, begin_quantized, begin_topk
+from lightning_optcore.option_values import is_number, is_whole
 
 Communication = Literal["none", "fp16", "bf16", "int8", "topk", "powersgd", "local_sgd", "diloco", "auto"]
 
@@ -77,8 +78,8 @@ def checked_options(communication: str, options: Mapping[str, Any]) -> dict[str,
                 raise MisconfigurationException(f"{key}: expected one of {', '.join(EXCHANGES)}")
             continue
         low, high = _RANGES[name]
-        kind = int if name in _WHOLE else (int, float)
-        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+        fits = is_whole(value) if name in _WHOLE else is_number(value)
+        if not fits or not low <= value <= high:
             number = "a whole number" if name in _WHOLE else "a number"
             most = "" if high == float("inf") else f" to {high}"
             raise MisconfigurationException(f"{key}: expected {number}, {low}{most or ' or more'}")

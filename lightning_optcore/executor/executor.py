@@ -19,6 +19,7 @@ from lightning_optcore.executor.queue import JobQueue, JobRecord
 from lightning_optcore.executor.resources import Resources, check_some_node_fits
 from lightning_optcore.executor.scheduling import Scheduling
 from lightning_optcore.executor.work import Work, WorkError, work_of
+from lightning_optcore.option_values import is_number, is_whole
 from lightning_optcore.store import Store
 from lightning_optcore.store_database import without_passwords
 
@@ -370,13 +371,13 @@ def check_options(priority: Any, timeout_s: Any, max_retries: Any) -> None:
     Raises:
         ExecutorError: With the option, its value, and what would be right.
     """
-    if isinstance(priority, bool) or not isinstance(priority, int):
+    if not is_whole(priority):
         raise ExecutorError(f"priority={priority!r}: expected a whole number")
-    if isinstance(max_retries, bool) or not isinstance(max_retries, int) or max_retries < 0:
+    if not is_whole(max_retries, least=0):
         raise ExecutorError(f"max_retries={max_retries!r}: expected a whole number, 0 or more")
     if timeout_s is None:
         return
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, (int, float)) or not timeout_s > 0:
+    if not is_number(timeout_s) or not timeout_s > 0:
         raise ExecutorError(f"timeout_s={timeout_s!r}: expected a number above 0")
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from ipaddress import ip_address
 from typing import Any
 
+from lightning_optcore.option_values import is_number, is_whole
+
 # In the guide's configuration the head is called the master.
 _HEAD_ROLES = ("head", "master")
 _GIB = 1024**3
@@ -61,11 +63,10 @@ class NodeSpec:
             raise NodesError(f"nodes.ip_address={self.ip_address!r} ({self.node_id}): expected an address") from None
         for name, least, most in (("port", 1, 65535), ("gpu_count", 0, None), ("cpu_cores", 1, None)):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and value >= least and (most is None or value <= most)):
+            if value is not None and not (is_whole(value, least) and (most is None or value <= most)):
                 upto = f" to {most}" if most is not None else " or more"
                 raise NodesError(f"nodes.{name}={value!r} ({self.node_id}): expected a whole number, {least}{upto}")
-        if self.memory_gb is not None and not (isinstance(self.memory_gb, (int, float)) and self.memory_gb > 0):
+        if self.memory_gb is not None and not (is_number(self.memory_gb) and self.memory_gb > 0):
             raise NodesError(f"nodes.memory_gb={self.memory_gb!r} ({self.node_id}): expected a number above 0")
 
     @property

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from lightning_optcore.option_values import is_number
+
 _AMOUNTS = ("cpu", "memory_bytes", "gpu")
 # Fractions of a processor or a GPU add up only so exactly.
 _TOLERANCE = 1e-6
@@ -42,8 +44,7 @@ class Resources:
     def __post_init__(self) -> None:
         for name in _AMOUNTS:
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or value < 0:
+            if not is_number(value) or not math.isfinite(value) or value < 0:
                 raise ResourcesError(f"resources.{name}={value!r}: expected a number, 0 or more")
         if not isinstance(self.labels, Mapping):
             raise ResourcesError(f"resources.labels={self.labels!r}: expected names with values")

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.measurement.yardstick import check_arguments
+from lightning_optcore.option_values import is_whole
 
 _NUMBERS = {int, float, bool, type(None)}
 # Lightning finds these checkpoints itself.
@@ -28,7 +29,7 @@ def check(config: DictConfig) -> None:
         ConfigurationError: With the key, the value, and what would be right.
     """
     seed, checkpoint = config.get("seed"), config.get("ckpt_path")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+    if seed is not None and not is_whole(seed, least=0):
         raise ConfigurationError(f"seed={seed!r}: expected a whole number of at least 0, or null")
     if checkpoint is not None and not _is_known(str(checkpoint)):
         raise ConfigurationError(f"ckpt_path={checkpoint}: no such file")

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_optcore.jobs.errors import ConfigurationError
+from lightning_optcore.option_values import is_number, is_whole
 from lightning_optcore.report.dashboard import dashboard
 from lightning_optcore.store import Store
 
@@ -16,9 +17,9 @@ from lightning_optcore.store import Store
 def run(config: DictConfig) -> None:
     """Serve until interrupted."""
     number = config.port
-    if isinstance(number, bool) or not isinstance(number, int) or not 0 < number < 65536:
+    if not is_whole(number, least=1) or number > 65535:
         raise ConfigurationError(f"port={number!r}: expected a number from 1 to 65535")
-    if not isinstance(config.refresh_seconds, (int, float)) or not config.refresh_seconds >= 0.2:
+    if not is_number(config.refresh_seconds) or not config.refresh_seconds >= 0.2:
         raise ConfigurationError(f"refresh_seconds={config.refresh_seconds!r}: expected at least 0.2")
     if "://" not in config.store.path and not Path(config.store.path).is_file():
         raise ConfigurationError(f"store.path={config.store.path}: no such file; run `optcore train` first")

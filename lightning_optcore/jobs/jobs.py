@@ -15,6 +15,7 @@ from lightning_optcore.executor.executor import ExecutorError
 from lightning_optcore.executor.queue import JobQueue, queue_names
 from lightning_optcore.jobs.needs import likely_needs_in
 from lightning_optcore.jobs.queueing import executor_of, store_target
+from lightning_optcore.option_values import is_whole
 from lightning_optcore.store import Store, StoreError
 
 _LOOK_S = 1.0
@@ -25,7 +26,7 @@ def run(config: DictConfig) -> None:
     for name in ("serve", "drain"):
         if not isinstance(config[name], bool):
             raise ExecutorError(f"{name}={config[name]!r}: expected true or false")
-    if not _is_number(config.limit):
+    if not is_whole(config.limit, least=1):
         raise ExecutorError(f"limit={config.limit!r}: expected a whole number above 0")
     if config.drain and not config.serve:
         raise ExecutorError("drain=true: expected with serve=true")
@@ -99,13 +100,9 @@ def _listed(value: object) -> list[object]:
 
 
 def _number(key: str, value: object) -> int:
-    if not _is_number(value):
+    if not is_whole(value, least=1):
         raise ExecutorError(f"{key}={value}: expected the number of a job; `optcore jobs` lists them")
-    return int(value)  # type: ignore[call-overload]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return int(value)
 
 
 def _output() -> Path:

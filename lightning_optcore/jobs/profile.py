@@ -24,6 +24,7 @@ from lightning_optcore.jobs.logs import quieten_lightning
 from lightning_optcore.jobs.own_classes import with_own_defaults
 from lightning_optcore.jobs.recording import recorded_run
 from lightning_optcore.jobs.reporting import report_of
+from lightning_optcore.option_values import is_number
 from lightning_optcore.profiling.overrides import composed_by_hydra
 from lightning_optcore.profiling.profile_report import ProfileReport, Recommendation
 from lightning_optcore.profiling.summary import summary_text
@@ -44,7 +45,7 @@ def run(config: DictConfig) -> None:
     check(config)
     for key in ("steps", "seconds"):
         value = config[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 1:
+        if not is_number(value) or not value >= 1:
             raise ConfigurationError(f"{key}={value!r}: expected a number of at least 1")
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     console = Console(width=None if sys.stdout.isatty() else 120, soft_wrap=True, highlight=False, markup=False)

@@ -14,6 +14,7 @@ from rich.table import Table
 from lightning_optcore.jobs.errors import ConfigurationError
 from lightning_optcore.jobs.objective import parse_objective
 from lightning_optcore.jobs.sweep_reporting import sweep_line, sweep_page
+from lightning_optcore.option_values import is_whole
 from lightning_optcore.profiling.comparison import compare_profiles
 from lightning_optcore.profiling.profile_report import ProfileReport
 from lightning_optcore.report.html import SweepLine, write_overview_report
@@ -34,7 +35,7 @@ def run(config: DictConfig) -> None:
         number = config[name]
         if number is None and name == "sweep":
             continue
-        if isinstance(number, bool) or not isinstance(number, int) or number < lowest:
+        if not is_whole(number, least=lowest):
             raise ConfigurationError(f"{name}={number!r}: expected a whole number of at least {lowest}")
     path = Path(config.store.path)
     if "://" not in config.store.path and not path.is_file():

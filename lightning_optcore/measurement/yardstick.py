@@ -17,6 +17,7 @@ from lightning_optcore.measurement.measurement import Measurement
 from lightning_optcore.measurement.memory import peak_allocated, peak_resident
 from lightning_optcore.measurement.modes import evaluating, fused_attention_off
 from lightning_optcore.measurement.timing import time_in_turns, torch_threads
+from lightning_optcore.option_values import is_whole
 
 
 @runtime_checkable
@@ -197,15 +198,11 @@ def check_arguments(batch_sizes: Any, num_threads: Any, rounds: Any) -> None:
         ValueError: With the key, the value, and what would be right.
     """
     sizes = list(batch_sizes) if isinstance(batch_sizes, Iterable) and not isinstance(batch_sizes, str) else []
-    if not sizes or not all(_is_count(size) for size in sizes):
+    if not sizes or not all(is_whole(size, least=1) for size in sizes):
         raise ValueError(f"batch_sizes={batch_sizes!r}: expected positive whole numbers, e.g. [1, 32]")
     for key, value in (("num_threads", num_threads), ("rounds", rounds)):
-        if not _is_count(value):
+        if not is_whole(value, least=1):
             raise ValueError(f"{key}={value!r}: expected a whole number of at least 1")
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _place(model: nn.Module | Deployed, device: torch.device | str | None) -> torch.device:

@@ -12,6 +12,7 @@ from lightning_optcore.measurement.forward_calls import detached_copy
 from lightning_optcore.meta.functional import LossFunction
 from lightning_optcore.meta.meta_gradient import MetaGradient
 from lightning_optcore.meta.tasks import MetaLearningError
+from lightning_optcore.option_values import is_whole
 
 
 def adapt(
@@ -47,8 +48,8 @@ def adapt(
         >>> bool(loss_fn(adapted, (x, 3 * x)) < loss_fn(net, (x, 3 * x)))
         True
     """
-    if num_inner_steps < 1:
-        raise MetaLearningError(f"num_inner_steps={num_inner_steps}: expected at least 1")
+    if not is_whole(num_inner_steps, least=1):
+        raise MetaLearningError(f"num_inner_steps={num_inner_steps!r}: expected at least 1, a whole number")
     copied = detached_copy(module)
     step = MetaGradient(
         copied, loss_fn, inner_lr=inner_lr, num_inner_steps=num_inner_steps, adapts=adapts, backend="loop"

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lightning_optcore.meta.labels import labels_of
 from lightning_optcore.meta.tasks import MetaLearningError, stacked
+from lightning_optcore.option_values import is_whole
 
 # (support, query)
 Task = tuple[Any, Any]
@@ -62,8 +63,8 @@ class LabelledEpisodes(Dataset[Task]):
     ) -> None:
         self.count = count
         for name, value in (("n_way", n_way), ("k_shot", k_shot), ("num_query", num_query)):
-            if value < 1:
-                raise MetaLearningError(f"{name}={value}: expected at least 1")
+            if not is_whole(value, least=1):
+                raise MetaLearningError(f"{name}={value!r}: expected at least 1, a whole number")
         self.dataset, self.n_way, self.k_shot, self.num_query, self.seed = dataset, n_way, k_shot, num_query, seed
         self.task_transform = task_transform
         labels = labels_of(dataset)
@@ -244,8 +245,8 @@ class EpisodicDataModule(LightningDataModule):
         super().__init__()
         counts = {"train": num_train_tasks, "val": num_val_tasks, "test": num_test_tasks}
         for name, value in (("tasks_per_batch", tasks_per_batch), *((f"num_{k}_tasks", v) for k, v in counts.items())):
-            if value < 1:
-                raise MetaLearningError(f"{name}={value}: expected at least 1")
+            if not is_whole(value, least=1):
+                raise MetaLearningError(f"{name}={value!r}: expected at least 1, a whole number")
         if classes is not None and set(classes) != set(STAGES):
             raise MetaLearningError(f"classes: has {', '.join(classes) or 'nothing'}; expected {', '.join(STAGES)}")
         self.source = source

@@ -22,6 +22,7 @@ from lightning_optcore.meta.algorithms import in_head
 from lightning_optcore.meta.meta_gradient import MetaGradient
 from lightning_optcore.meta.recorded_step import RecordedStep
 from lightning_optcore.meta.tasks import MetaLearningError
+from lightning_optcore.option_values import is_number, is_whole
 from lightning_optcore.recipe import register_step
 
 STEP = "fast_adaptation"
@@ -100,10 +101,10 @@ class FastAdaptation(ArtifactCallback):
     ) -> None:
         super().__init__(output_dir, 64, batch_sizes, num_threads, rounds)
         for name, value in (("num_inner_steps", num_inner_steps), ("num_batches", num_batches)):
-            if value < 1:
-                raise MisconfigurationException(f"{STEP}.{name}={value}: expected at least 1")
-        if not inner_lr > 0:
-            raise MisconfigurationException(f"{STEP}.inner_lr={inner_lr}: expected more than 0")
+            if not is_whole(value, least=1):
+                raise MisconfigurationException(f"{STEP}.{name}={value!r}: expected at least 1, a whole number")
+        if not (is_number(inner_lr) and inner_lr > 0):
+            raise MisconfigurationException(f"{STEP}.inner_lr={inner_lr!r}: expected more than 0")
         if checkpoint is not None and not Path(checkpoint).is_file():
             raise MisconfigurationException(
                 f"{STEP}.checkpoint={checkpoint}: no such file; give a checkpoint of a training with MetaLearning"

@@ -39,6 +39,7 @@ from lightning_optcore.meta.outer_gradient import (
     judged_steps,
 )
 from lightning_optcore.meta.tasks import MetaLearningError, OnePerTask, TaskBatch, Tasks, part, stacked, task_batch
+from lightning_optcore.option_values import is_number, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -140,12 +141,12 @@ class MetaGradient:
             raise MetaLearningError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
         if direction not in DIRECTIONS:
             raise MetaLearningError(f"direction={direction!r}: expected one of {', '.join(DIRECTIONS)}")
-        if not inner_lr >= 0:
-            raise MetaLearningError(f"inner_lr={inner_lr}: expected at least 0")
-        if num_inner_steps < 0:
-            raise MetaLearningError(f"num_inner_steps={num_inner_steps}: expected at least 0")
-        if chunk_size is not None and chunk_size < 1:
-            raise MetaLearningError(f"chunk_size={chunk_size}: expected at least 1, or null")
+        if not (is_number(inner_lr) and inner_lr >= 0):
+            raise MetaLearningError(f"inner_lr={inner_lr!r}: expected at least 0")
+        if not is_whole(num_inner_steps, least=0):
+            raise MetaLearningError(f"num_inner_steps={num_inner_steps!r}: expected at least 0, a whole number")
+        if chunk_size is not None and not is_whole(chunk_size, least=1):
+            raise MetaLearningError(f"chunk_size={chunk_size!r}: expected at least 1, a whole number, or null")
         if query_loss_weights is not None and direction == "displacement":
             raise MetaLearningError("query_loss_weights: no loss counts for direction='displacement'; expected None")
         self.module = module

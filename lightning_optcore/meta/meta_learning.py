@@ -20,6 +20,7 @@ from lightning_optcore.meta.learners import PRE_ADAPTATION, GradientLearner, Lea
 from lightning_optcore.meta.meta_gradient import BACKENDS, Backend, MetaStep
 from lightning_optcore.meta.outer_gradient import judged_steps
 from lightning_optcore.meta.tasks import MetaLearningError, TaskBatch, task_batch
+from lightning_optcore.option_values import is_number, is_whole
 from lightning_optcore.random_states import random_states, restore_random_states
 
 log = logging.getLogger(__name__)
@@ -97,13 +98,15 @@ class MetaLearning(Callback):
         _check_choice("algorithm", algorithm, ALGORITHMS)
         _check_choice("backend", backend, BACKENDS)
         for name, steps in (("adaptation_steps", adaptation_steps), ("evaluation_steps", evaluation_steps)):
-            if steps is not None and steps < 1:
-                raise MisconfigurationException(f"{STEP}.{name}={steps}: expected at least 1")
+            if steps is not None and not is_whole(steps, least=1):
+                raise MisconfigurationException(f"{STEP}.{name}={steps!r}: expected at least 1, a whole number")
         for name, rate in (("meta_learning_rate", meta_learning_rate), ("inner_lr", inner_lr)):
-            if rate is not None and not rate > 0:
-                raise MisconfigurationException(f"{STEP}.{name}={rate}: expected more than 0")
-        if chunk_size is not None and chunk_size < 1:
-            raise MisconfigurationException(f"{STEP}.chunk_size={chunk_size}: expected at least 1, or null")
+            if rate is not None and not (is_number(rate) and rate > 0):
+                raise MisconfigurationException(f"{STEP}.{name}={rate!r}: expected more than 0")
+        if chunk_size is not None and not is_whole(chunk_size, least=1):
+            raise MisconfigurationException(
+                f"{STEP}.chunk_size={chunk_size!r}: expected at least 1, a whole number, or null"
+            )
         if head is not None and algorithm != "anil":
             raise MisconfigurationException(f"{STEP}.head={head}: only algorithm=anil adapts a head")
         if query_loss_weights is not None and algorithm in ("reptile", "protonet"):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lightning_optcore.measurement.yardstick import static_costs
+from lightning_optcore.option_values import is_number
 from lightning_optcore.search.searcher import SearchError
 from lightning_optcore.search.space import Params, key_of
 
@@ -63,8 +64,7 @@ class Constraints:
         for name, limit in limits.items():
             if name not in LIMITED:
                 raise SearchError(f"constraints.{name}: expected one of {', '.join(LIMITED)}")
-            number = isinstance(limit, (int, float)) and not isinstance(limit, bool) and math.isfinite(limit)
-            if not number or limit <= 0:
+            if not is_number(limit) or not math.isfinite(limit) or limit <= 0:
                 raise SearchError(f"constraints.{name}={limit!r}: expected a number above 0")
         if "latency_ms" in limits and latency is None:
             raise SearchError("constraints.latency_ms: nothing predicts it; give latency, e.g. LatencyTable().predict")

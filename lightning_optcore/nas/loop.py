@@ -31,6 +31,7 @@ from lightning_optcore.nas.space import Architecture, architecture_space
 from lightning_optcore.nas.strategies import Strategy, searcher_of
 from lightning_optcore.nas.trial import UNREPORTED, Evaluate, run_trial
 from lightning_optcore.nas.trial_workers import TrialWorkers
+from lightning_optcore.option_values import is_number, is_whole
 from lightning_optcore.search.searcher import Candidate, SearchError
 from lightning_optcore.store import Store
 from lightning_optcore.store_database import without_passwords
@@ -125,9 +126,9 @@ def search(
         ({'width': 16}, [16, 8])
     """
     for name, value in (("max_trials", max_trials), ("n_jobs", n_jobs)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_whole(value, least=1):
             raise SearchError(f"{name}={value!r}: expected a positive whole number")
-    if max_seconds is not None and not max_seconds > 0:
+    if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise SearchError(f"max_seconds={max_seconds!r}: expected a number above 0")
     deadline = None if max_seconds is None else clock() + max_seconds
     directions = _directions(objectives)

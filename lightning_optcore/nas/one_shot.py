@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_optcore.nas.strategies import STRATEGIES, Strategy
+from lightning_optcore.option_values import is_whole
 from lightning_optcore.search.searcher import SearchError
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class OneShot:
                 kinds = ", ".join(kind for kind, options in _OPTIONS.items() if field.name in options)
                 raise SearchError(f"{field.name}={value!r}: strategy={self.kind} has no use for it; it is of {kinds}")
         for name, number in (("max_epochs", self.max_epochs), ("calibration_batches", self.calibration_batches)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            if number is not None and not is_whole(number, least=1):
                 raise SearchError(f"{name}={number!r}: expected a positive whole number")
         table = isinstance(self.cost, Mapping) and all(isinstance(one, Mapping) for one in self.cost.values())
         if self.cost is not None and self.cost not in tuple(COSTS) and not table:

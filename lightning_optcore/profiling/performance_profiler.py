@@ -13,6 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_optcore.files import write_atomically
+from lightning_optcore.option_values import is_number
 from lightning_optcore.profiling.observed_run import ObservedRun
 from lightning_optcore.profiling.profile_report import ProfileReport
 from lightning_optcore.profiling.summary import summary_text
@@ -69,7 +70,7 @@ class PerformanceProfiler(Callback):
         worst_steps: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(interval, bool) or not isinstance(interval, (int, float)) or not 0.01 <= interval <= 60:
+        if not is_number(interval) or not 0.01 <= interval <= 60:
             raise MisconfigurationException(f"{KEY}.interval={interval!r}: expected seconds from 0.01 to 60")
         if mode not in MODES:
             raise MisconfigurationException(f"{KEY}.mode={mode!r}: expected one of {', '.join(MODES)}")

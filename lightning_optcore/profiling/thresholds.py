@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_optcore.option_values import is_number
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -86,6 +88,6 @@ class Thresholds:
         for name, value in (chosen or {}).items():
             if name not in known:
                 raise MisconfigurationException(f"{key}.{name}={value!r}: expected one of {', '.join(known)}")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+            if not is_number(value) or not value >= 0:
                 raise MisconfigurationException(f"{key}.{name}={value!r}: expected a number of at least 0")
         return cls(**dict(chosen or {}))

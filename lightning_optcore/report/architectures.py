@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_optcore.option_values import is_whole
+
 # In a trial's folder.
 PICTURE_FILE = "picture.json"
 PICTURE_VERSION = 1
@@ -105,6 +107,6 @@ def _text(value: Any) -> str:
 
 
 def _number(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 10**9:
+    if not is_whole(value, least=0) or value >= 10**9:
         raise ValueError(f"no picture: {value!r:.40} is no size")
     return value

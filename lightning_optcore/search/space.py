@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_optcore.option_values import is_number
 from lightning_optcore.search.expressions import Expression, ExpressionError
 
 Params = dict[str, Any]
@@ -53,7 +54,7 @@ class Choice:
     @cached_property
     def ordered(self) -> bool:
         """Whether neighbours in the list are neighbours in effect."""
-        if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in self.values):
+        if not all(is_number(value) for value in self.values):
             return False
         steps = [b > a for a, b in itertools.pairwise(self.values)]
         return all(steps) or not any(steps)

@@ -18,6 +18,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
 from lightning_optcore.executor import Executor, JobError, JobHandle, LocalExecutor, RayExecutor
+from lightning_optcore.option_values import is_whole
 from lightning_optcore.store_database import without_passwords
 from lightning_optcore.sweeps.hydra_job import HydraJob, Program, job_return, returned_of
 
@@ -71,7 +72,7 @@ def executor_of(
         raise LauncherError(f"{key}address={address!r}: executor=local has none; expected executor=ray, or null")
     if executor == "ray" and n_workers is not None:
         raise LauncherError(f"{key}n_workers={n_workers!r}: the nodes of a cluster say how many; expected null")
-    if n_workers is not None and (isinstance(n_workers, bool) or not isinstance(n_workers, int) or n_workers < 1):
+    if n_workers is not None and not is_whole(n_workers, least=1):
         raise LauncherError(f"{key}n_workers={n_workers!r}: expected a positive whole number, or null")
     queue = f"sweep-{uuid.uuid4().hex}"
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_optcore.fingerprints import IGNORED_GROUPS, IGNORED_KEYS
+from lightning_optcore.option_values import is_number
 from lightning_optcore.search.pareto import crowding_distances, ranks
 from lightning_optcore.search.space import Params, Space, SpaceError, key_of
 from lightning_optcore.sweeps.journal import Journal, SweepRecord, TrialRecord
@@ -186,5 +187,5 @@ def _below(key: str, name: str) -> bool:
 def _alike(one: Any, other: Any) -> float:
     if one == other:
         return 1.0
-    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (one, other))
+    numbers = is_number(one) and is_number(other)
     return min(one, other) / max(one, other) if numbers and min(one, other) > 0 else 0.0

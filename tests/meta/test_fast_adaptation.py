@@ -88,6 +88,7 @@ def test_only_the_head_is_adapted(make_trainer, tmp_path):
     ("options", "message"),
     [
         ({"num_inner_steps": 0}, "fast_adaptation.num_inner_steps=0: expected at least 1"),
+        ({"num_batches": True}, "fast_adaptation.num_batches=True: expected at least 1, a whole number"),
         ({"inner_lr": 0.0}, "fast_adaptation.inner_lr=0.0: expected more than 0"),
         ({"checkpoint": "nowhere.ckpt"}, "fast_adaptation.checkpoint=nowhere.ckpt: no such file"),
         ({"head": "classifier"}, r"fast_adaptation.head=\['classifier'\]: matches none of"),

@@ -407,6 +407,8 @@ def test_ranks_learn_what_one_process_does(tmp_path):
         ({"inner_lr": 0.0}, r"meta_learning.inner_lr=0.0: expected more than 0"),
         ({"meta_learning_rate": -1.0}, r"meta_learning.meta_learning_rate=-1.0: expected more than 0"),
         ({"chunk_size": 0}, r"meta_learning.chunk_size=0: expected at least 1"),
+        ({"adaptation_steps": 1.5}, r"meta_learning.adaptation_steps=1.5: expected at least 1, a whole number"),
+        ({"inner_lr": "fast"}, r"meta_learning.inner_lr='fast': expected more than 0"),
         ({"head": "network"}, r"meta_learning.head=network: only algorithm=anil"),
         ({"rates_per_step": True}, r"meta_learning.rates_per_step=True: only algorithm=meta_sgd"),
         (

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_optcore.meta.continual.boundary import TaskCallback
 from lightning_optcore.meta.continual.buffer import SampleBuffer, as_batch
 from lightning_optcore.meta.continual.stepping import batch_size_of, loss_aside, training_batches
+from lightning_optcore.option_values import is_whole
 
 STEP = "averaged_gem"
 
@@ -79,8 +80,8 @@ class AveragedGEM(TaskCallback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size is not None and batch_size < 1:
-            raise MisconfigurationException(f"{STEP}.batch_size={batch_size}: expected at least 1")
+        if batch_size is not None and not is_whole(batch_size, least=1):
+            raise MisconfigurationException(f"{STEP}.batch_size={batch_size!r}: expected at least 1, a whole number")
         self.size = size
         self.batch_size = batch_size
         self.balance = balance

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_optcore.measurement.inputs import Inputs, tensors_in
+from lightning_optcore.option_values import is_number, is_whole
 
 BALANCES = ("none", "task", "class")
 
@@ -75,12 +76,12 @@ class SampleBuffer:
         folder: str | None = None,
         owner: str = "buffer",
     ) -> None:
-        if size < 1:
-            raise MisconfigurationException(f"{owner}.size={size}: expected at least 1")
+        if not is_whole(size, least=1):
+            raise MisconfigurationException(f"{owner}.size={size!r}: expected at least 1, a whole number")
         if balance not in BALANCES:
             raise MisconfigurationException(f"{owner}.balance={balance!r}: expected one of {', '.join(BALANCES)}")
-        if max_memory is not None and max_memory < 0:
-            raise MisconfigurationException(f"{owner}.max_memory={max_memory}: expected at least 0 bytes")
+        if max_memory is not None and not (is_number(max_memory) and max_memory >= 0):
+            raise MisconfigurationException(f"{owner}.max_memory={max_memory!r}: expected at least 0 bytes")
         if folder is not None and not Path(folder).is_dir():
             raise MisconfigurationException(f"{owner}.folder={folder}: no such folder; make it, or leave it out")
         self.size = size

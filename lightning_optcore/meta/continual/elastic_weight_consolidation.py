@@ -33,6 +33,7 @@ from lightning_optcore.meta.continual.stepping import (
     training_batches,
 )
 from lightning_optcore.meta.functional import learned_parameters
+from lightning_optcore.option_values import is_number, is_whole
 
 STEP = "elastic_weight_consolidation"
 FISHERS = ("auto", "model", "data")
@@ -251,17 +252,17 @@ class ElasticWeightConsolidation(TaskCallback):
         normalize: bool = True,
     ) -> None:
         super().__init__()
-        if not strength >= 0:
-            raise MisconfigurationException(f"{STEP}.strength={strength}: expected at least 0")
-        if not 0 <= decay <= 1:
-            raise MisconfigurationException(f"{STEP}.decay={decay}: expected a share from 0 to 1")
+        if not (is_number(strength) and strength >= 0):
+            raise MisconfigurationException(f"{STEP}.strength={strength!r}: expected at least 0")
+        if not (is_number(decay) and 0 <= decay <= 1):
+            raise MisconfigurationException(f"{STEP}.decay={decay!r}: expected a share from 0 to 1")
         if fisher not in FISHERS:
             raise MisconfigurationException(f"{STEP}.fisher={fisher!r}: expected one of {', '.join(FISHERS)}")
-        if not power > 0:
-            raise MisconfigurationException(f"{STEP}.power={power}: expected more than 0")
+        if not (is_number(power) and power > 0):
+            raise MisconfigurationException(f"{STEP}.power={power!r}: expected more than 0")
         for key, value in (("fisher_samples", fisher_samples), ("labels_per_sample", labels_per_sample)):
-            if value is not None and value < 1:
-                raise MisconfigurationException(f"{STEP}.{key}={value}: expected at least 1")
+            if value is not None and not is_whole(value, least=1):
+                raise MisconfigurationException(f"{STEP}.{key}={value!r}: expected at least 1, a whole number")
         self.strength = strength
         self.online = online
         self.decay = decay

@@ -30,6 +30,7 @@ from lightning_optcore.meta.continual.stepping import (
     loss_aside,
     training_batches,
 )
+from lightning_optcore.option_values import is_number, is_whole
 
 STEP = "experience_replay"
 
@@ -79,12 +80,12 @@ class ExperienceReplay(TaskCallback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size is not None and batch_size < 1:
-            raise MisconfigurationException(f"{STEP}.batch_size={batch_size}: expected at least 1")
-        if not logits_weight >= 0:
-            raise MisconfigurationException(f"{STEP}.logits_weight={logits_weight}: expected at least 0")
-        if not temperature > 0:
-            raise MisconfigurationException(f"{STEP}.temperature={temperature}: expected more than 0")
+        if batch_size is not None and not is_whole(batch_size, least=1):
+            raise MisconfigurationException(f"{STEP}.batch_size={batch_size!r}: expected at least 1, a whole number")
+        if not (is_number(logits_weight) and logits_weight >= 0):
+            raise MisconfigurationException(f"{STEP}.logits_weight={logits_weight!r}: expected at least 0")
+        if not (is_number(temperature) and temperature > 0):
+            raise MisconfigurationException(f"{STEP}.temperature={temperature!r}: expected more than 0")
         self.size = size
         self.batch_size = batch_size
         self.balance = balance

@@ -23,6 +23,7 @@ from lightning_optcore.meta.continual.stepping import (
     last_logits,
     loss_aside,
 )
+from lightning_optcore.option_values import is_number
 
 STEP = "learning_without_forgetting"
 
@@ -69,10 +70,10 @@ class LearningWithoutForgetting(TaskCallback):
 
     def __init__(self, strength: float = 1.0, temperature: float = 2.0, network: str | None = None) -> None:
         super().__init__()
-        if not strength >= 0:
-            raise MisconfigurationException(f"{STEP}.strength={strength}: expected at least 0")
-        if not temperature > 0:
-            raise MisconfigurationException(f"{STEP}.temperature={temperature}: expected more than 0")
+        if not (is_number(strength) and strength >= 0):
+            raise MisconfigurationException(f"{STEP}.strength={strength!r}: expected at least 0")
+        if not (is_number(temperature) and temperature > 0):
+            raise MisconfigurationException(f"{STEP}.temperature={temperature!r}: expected more than 0")
         self.strength = strength
         self.temperature = temperature
         self.network = network

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_optcore.meta.continual.boundary import TaskCallback
 from lightning_optcore.meta.continual.quadratic import QuadraticPenalty, Tensors, in_full, scaled
 from lightning_optcore.meta.functional import learned_parameters
+from lightning_optcore.option_values import is_number
 
 STEP = "synaptic_intelligence"
 
@@ -61,12 +62,12 @@ class SynapticIntelligence(TaskCallback):
         self, strength: float = 100.0, damping: float = 0.1, decay: float = 1.0, normalize: bool = True
     ) -> None:
         super().__init__()
-        if not strength >= 0:
-            raise MisconfigurationException(f"{STEP}.strength={strength}: expected at least 0")
-        if not damping > 0:
-            raise MisconfigurationException(f"{STEP}.damping={damping}: expected more than 0")
-        if not 0 <= decay <= 1:
-            raise MisconfigurationException(f"{STEP}.decay={decay}: expected a share from 0 to 1")
+        if not (is_number(strength) and strength >= 0):
+            raise MisconfigurationException(f"{STEP}.strength={strength!r}: expected at least 0")
+        if not (is_number(damping) and damping > 0):
+            raise MisconfigurationException(f"{STEP}.damping={damping!r}: expected more than 0")
+        if not (is_number(decay) and 0 <= decay <= 1):
+            raise MisconfigurationException(f"{STEP}.decay={decay!r}: expected a share from 0 to 1")
         self.strength = strength
         self.damping = damping
         self.decay = decay

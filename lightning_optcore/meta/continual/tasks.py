@@ -20,6 +20,7 @@ from torch.utils.data import (
 
 from lightning_optcore.measurement.inputs import map_tensors, tensors_in
 from lightning_optcore.meta.labels import labels_of
+from lightning_optcore.option_values import is_whole
 
 _STAGES = "_optcore_stages"
 
@@ -205,8 +206,8 @@ def permuted_tasks(data: LightningDataModule, num_tasks: int = 5, seed: int = 0)
     Raises:
         MisconfigurationException: If there is no task.
     """
-    if num_tasks < 1:
-        raise MisconfigurationException(f"tasks.num_tasks={num_tasks}: expected at least 1")
+    if not is_whole(num_tasks, least=1):
+        raise MisconfigurationException(f"tasks.num_tasks={num_tasks!r}: expected at least 1, a whole number")
     seeds = torch.randint(2**31, (num_tasks,), generator=torch.Generator().manual_seed(seed)).tolist()
     return [
         PermutedTask(data, None if number == 0 else seeds[number], f"permutation {number}")
@@ -234,8 +235,8 @@ def class_tasks(
         MisconfigurationException: If a number is below 1.
     """
     for key, value in (("num_classes", num_classes), ("classes_per_task", classes_per_task)):
-        if value < 1:
-            raise MisconfigurationException(f"tasks.{key}={value}: expected at least 1")
+        if not is_whole(value, least=1):
+            raise MisconfigurationException(f"tasks.{key}={value!r}: expected at least 1, a whole number")
     order = list(range(num_classes))
     if seed is not None:
         order = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -20,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_optcore.compression.training_state import wrap_again
 from lightning_optcore.meta.transfer.backbone import Loaded, Source, load_backbone
 from lightning_optcore.meta.transfer.layers import LayerGroup, Patterns, TransferError, layer_groups
+from lightning_optcore.option_values import is_number, is_whole
 from lightning_optcore.random_states import random_states, restore_random_states
 
 log = logging.getLogger(__name__)
@@ -85,10 +86,12 @@ class DiscriminativeFinetuning(Callback):
         strict: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= decay < float("inf"):
-            raise MisconfigurationException(f"{STEP}.decay={decay}: expected at least 1, which is one rate for all")
-        if unfreeze_every < 1:
-            raise MisconfigurationException(f"{STEP}.unfreeze_every={unfreeze_every}: expected at least 1 epoch")
+        if not (is_number(decay) and 1 <= decay < float("inf")):
+            raise MisconfigurationException(f"{STEP}.decay={decay!r}: expected at least 1, which is one rate for all")
+        if not is_whole(unfreeze_every, least=1):
+            raise MisconfigurationException(
+                f"{STEP}.unfreeze_every={unfreeze_every!r}: expected at least 1 epoch, a whole number"
+            )
         if start not in ("head", "all"):
             raise MisconfigurationException(f"{STEP}.start={start!r}: expected one of head, all")
         if groups is not None and (isinstance(groups, str) or not groups):

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_optcore.option_values import is_whole
+
 ENOUGH_GROUPS = 4
 _NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 _HEADS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -105,8 +107,8 @@ def replace_head(module: nn.Module, num_classes: int, head: str | None = None) -
         >>> replace_head(net, 3), net[2].out_features
         ('2', 3)
     """
-    if num_classes < 1:
-        raise TransferError(f"num_classes={num_classes}: expected at least 1")
+    if not is_whole(num_classes, least=1):
+        raise TransferError(f"num_classes={num_classes!r}: expected at least 1, a whole number")
     name = last_layer(module) if head is None else head
     check_head(module, name)
     old = module.get_submodule(name)

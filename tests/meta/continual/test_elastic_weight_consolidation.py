@@ -187,6 +187,8 @@ def test_what_is_new_is_free(make_trainer):
     ("options", "message"),
     [
         ({"strength": -1}, "strength=-1: expected at least 0"),
+        ({"strength": "a"}, "strength='a': expected at least 0"),
+        ({"fisher_samples": 0.5}, "fisher_samples=0.5: expected at least 1, a whole number"),
         ({"decay": 1.5}, "decay=1.5: expected a share"),
         ({"fisher": "exact"}, "fisher='exact': expected one of auto, model, data"),
         ({"fisher_samples": 0}, "fisher_samples=0: expected at least 1"),

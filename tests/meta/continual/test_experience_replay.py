@@ -105,6 +105,7 @@ def test_drawing_leaves_the_random_numbers_of_the_training_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"size": "many"}, "size='many': expected at least 1, a whole number"),
         ({"size": 0}, "size=0: expected at least 1"),
         ({"batch_size": 0}, "batch_size=0: expected at least 1"),
         ({"balance": "label"}, "balance='label': expected one of none, task, class"),
