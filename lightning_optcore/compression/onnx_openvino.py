@@ -53,14 +53,13 @@ def open_model(content: bytes, num_threads: int | None) -> Run:
             if not model.input(name).partial_shape.compatible(openvino.PartialShape(list(shape))):
                 expected = model.input(name).partial_shape.to_string()
                 raise ValueError(f"{name}: has the shape {list(shape)}, expected {expected} (? is any)")
-        if len(compiled) >= _FIXED_SHAPES:
-            shapes = _ANY
-        if shapes not in compiled:
+        key = shapes if len(compiled) < _FIXED_SHAPES else _ANY
+        if key not in compiled:
             shaped = model.clone()
-            if shapes != _ANY:
+            if key != _ANY:
                 shaped.reshape({name: list(shape) for name, shape in shapes})
-            compiled[shapes] = _call_of(core.compile_model(shaped, "CPU", settings))
-        return compiled[shapes]
+            compiled[key] = _call_of(core.compile_model(shaped, "CPU", settings))
+        return compiled[key]
 
     def run(feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         with lock:

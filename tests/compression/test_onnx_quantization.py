@@ -227,7 +227,7 @@ def test_standard_operators_look_up_the_rows_of_four_bits(shape):
 
 
 def test_openvino_looks_up_the_same_rows_of_four_bits_at_any_shape():
-    """Its BitShift rounded up for shapes that were not fixed: every other number of a row was one too high."""
+    """Its BitShift rounded up for shapes that were not fixed: numbers of the second half of a row were one too high."""
     packed = with_int4_embeddings(export_onnx(nn.Embedding(300, 64), torch.arange(8)), standard_operators=True)
     opened = OnnxModel(packed.content, packed.signature, runtime="openvino")
     for count in range(2, 9):
