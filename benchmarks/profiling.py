@@ -30,11 +30,13 @@ from typing import Any
 
 import psutil
 import torch
-from bottlenecks import CASES, HEALTHY, Case, Network, Samples, loader_of, neighbours, run
+from bottlenecks import CASES, HEALTHY, Case, run
+from injections import neighbours
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import DeviceStatsMonitor, ThroughputMonitor
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, PyTorchProfiler, SimpleProfiler
+from plain_training import Network, Samples, loader_of
 from rich.console import Console
 from rich.table import Table
 

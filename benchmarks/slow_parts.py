@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bottlenecks import Network, Samples, spin
+from injections import spin
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.loggers import Logger
+from plain_training import Network, Samples
 from torch.utils.data import DataLoader, default_collate
 
 

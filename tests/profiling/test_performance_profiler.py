@@ -7,12 +7,13 @@ import time
 
 import pytest
 import torch
-from bottlenecks import CASES, HEALTHY, Network, loader_of, run
+from bottlenecks import CASES, HEALTHY, run
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
+from plain_training import Network, loader_of
 from torch import nn
 
 from lightning_optcore.callbacks import PerformanceProfiler
