@@ -169,27 +169,44 @@ def run(make: Callable[[str], Case], seed: int = 0, **profiler: Any) -> ProfileR
         seed: Of everything random.
         profiler: Arguments of the profiler.
     """
-    seed_everything(seed, verbose=False)
     with tempfile.TemporaryDirectory(prefix="optcore-bottleneck-") as folder:
-        case = make(folder)
         callback = PerformanceProfiler(**{"live": False, "output_dir": folder, **profiler})
-        settings = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "max_steps": case.steps,
-            "max_time": {"seconds": 12},
-            "default_root_dir": folder,
-        }
-        trainer = Trainer(**{**settings, **case.trainer}, callbacks=[*case.callbacks, callback])
-        try:
-            with case.around() if case.around is not None else threading.Lock():
-                trainer.fit(case.model, case.loader, case.val_loader)
-        finally:
-            torch.autograd.set_detect_anomaly(False)
+        _fit(make, seed, folder, callback)
         assert callback.report is not None
         return callback.report
+
+
+def unobserved_step(make: Callable[[str], Case], seed: int = 0) -> float:
+    """Make a run without a profiler and return the seconds of a step, the first ones apart."""
+    marks: list[float] = []
+
+    class Clock(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            marks.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory(prefix="optcore-bottleneck-") as folder:
+        _fit(make, seed, folder, Clock())
+    return (marks[-1] - marks[4]) / (len(marks) - 5)
+
+
+def _fit(make: Callable[[str], Case], seed: int, folder: str, callback: Callback) -> None:
+    seed_everything(seed, verbose=False)
+    case = make(folder)
+    settings = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "max_steps": case.steps,
+        "max_time": {"seconds": 12},
+        "default_root_dir": folder,
+    }
+    trainer = Trainer(**{**settings, **case.trainer}, callbacks=[*case.callbacks, callback])
+    try:
+        with case.around() if case.around is not None else threading.Lock():
+            trainer.fit(case.model, case.loader, case.val_loader)
+    finally:
+        torch.autograd.set_detect_anomaly(False)

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/profiling.py            (an hour; or one part: --only diagnosis)
 
-Parts: actions, loop, sampler, phases, diagnosis, first, advice, memory. Alternatives take turns within one run: read
-the differences, not the milliseconds.
+Parts: actions, turns, loop, sampler, phases, loading, diagnosis, first, advice, memory. Alternatives take turns within
+one run: read the differences, not the milliseconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 import torch
-from bottlenecks import CASES, HEALTHY, Case, run
+from bottlenecks import CASES, HEALTHY, Case, run, unobserved_step
 from injections import neighbours
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import DeviceStatsMonitor, ThroughputMonitor
@@ -39,6 +39,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, P
 from plain_training import Network, Samples, loader_of
 from rich.console import Console
 from rich.table import Table
+from taking_turns import EMPTY, NO_PROFILER, OURS, costs
 
 from lightning_optcore.callbacks import PerformanceProfiler
 from lightning_optcore.profiling.collector import Collector
@@ -56,9 +57,11 @@ def main() -> None:
     """Run the parts that were asked for."""
     parts: dict[str, Callable[[argparse.Namespace], None]] = {
         "actions": actions,
+        "turns": turns,
         "loop": loop,
         "sampler": sampler,
         "phases": phases,
+        "loading": loading,
         "diagnosis": diagnosis,
         "first": first_verdict,
         "advice": advice,
@@ -120,6 +123,18 @@ def actions(options: argparse.Namespace) -> None:
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     rows = [(name, f"{median:.1f}", f"{median / medians[base]:.2f}x") for name, median in medians.items()]
     _print((f"{len(names)} actions", "us a step, median", "over no profiler"), rows)
+
+
+def turns(options: argparse.Namespace) -> None:
+    """Let the alternatives take turns every dozen steps within one fit."""
+    for title, width, batch, steps in (("MLP, short steps", 64, 16, 120_000), ("MLP, longer steps", 768, 64, 10_000)):
+        names = [NO_PROFILER, OURS, EMPTY, "SimpleProfiler", "AdvancedProfiler"]
+        found = _in_child(functools.partial(costs, names, steps, width, batch))
+        rows = [
+            (name, f"{cost.microseconds:.0f}", f"{cost.more:+.1f} ± {cost.error:.1f}")
+            for name, cost in sorted(found.items(), key=lambda item: item[1].more)
+        ]
+        _print((title, "us a step, median", "over no profiler, paired, ± standard error"), rows)
 
 
 class _Clock(Callback):
@@ -332,6 +347,21 @@ def _apart(make: Callable[[str], Case], seed: int) -> ProfileReport:
         return report.to_json()
 
     return ProfileReport.from_json(_in_child(profiled))
+
+
+def loading(options: argparse.Namespace) -> None:
+    """Take the time of steps whose loader has a bottleneck, and of the same ones without it; no profiler is there."""
+    rows = []
+    for (cause, half), make in CASES.items():
+        if cause not in _DATA_CAUSES:
+            continue
+        taken: dict[str, list[float]] = {"slow": [], "plain": []}
+        for seed in range(3):
+            for name, made in (("slow", make), ("plain", HEALTHY["mlp"])):
+                taken[name].append(_in_child(functools.partial(unobserved_step, made, seed)) * 1e3)
+        slow, plain = (statistics.median(values) for values in taken.values())
+        rows.append((f"{cause} {half}", f"{slow:.1f}", f"{plain:.1f}", f"{slow / plain:.2f}x"))
+    _print(("injection", "ms a step", "without it", "slower"), rows)
 
 
 def diagnosis(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lightning_optcore.profiling.collector import HEAD, ON_DEVICE, Collector
+from lightning_optcore.profiling.collector import HEAD, ON_DEVICE, UNSPLIT, Collector
 from lightning_optcore.profiling.loader_clock import LoaderTimes
 from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, DATA_WAIT, FORWARD, PHASES
 
@@ -236,7 +236,10 @@ def gather(
         deltas = _undisturbed(deltas, interval[0], collector.recorder.steps)
     lengths = deltas[:, 0] / 1e6
     seconds = float(lengths.sum() / 1e3)
+    detailed = deltas[:, HEAD + UNSPLIT] == 0
     phases = _phases(collector, deltas)
+    # What was divided is known on average alone.
+    typical = phases[detailed] if detailed.any() else phases
     details = {
         detail: float(deltas[:, HEAD + slot].sum() / 1e9 / seconds)
         for slot, (_, detail) in enumerate(collector.slots)
@@ -257,7 +260,7 @@ def gather(
         step_ms=float(np.percentile(lengths, 50)),
         step_ms_p90=float(np.percentile(lengths, 90)),
         share={name: float(phases[:, i].sum() / 1e9 / seconds) for i, name in enumerate(PHASES)},
-        p50_ms={name: float(np.percentile(phases[:, i], 50) / 1e6) for i, name in enumerate(PHASES)},
+        p50_ms={name: float(np.percentile(typical[:, i], 50) / 1e6) for i, name in enumerate(PHASES)},
         details=details,
         data=_data(deltas, waited, seconds, window, loader),
         memory=_memory(window, steps_in_window),
@@ -278,9 +281,9 @@ def _undisturbed(deltas: np.ndarray, first: int, recorded: tuple[int, int]) -> n
 
 def _phases(collector: Collector, deltas: np.ndarray) -> np.ndarray:
     """Return nanoseconds (steps, phases)."""
-    table = np.zeros((len(deltas), len(PHASES)))
+    table, grown = np.zeros((len(deltas), len(PHASES))), collector.divided(deltas[:, HEAD:])
     for slot, (phase, _) in enumerate(collector.slots):
-        table[:, PHASES.index(phase)] += deltas[:, HEAD + slot]
+        table[:, PHASES.index(phase)] += grown[:, slot]
     return table
 
 

@@ -60,7 +60,7 @@ class Probes:
             self._around(loop.val_loop, "run", spans.whole(VALIDATION))
             self._around(loop, "on_run_start", spans.span(DATA_WAIT))
             if not pl_module.automatic_optimization:
-                self._around(trainer.strategy, "backward", spans.span(BACKWARD))
+                self._around_each_step(trainer.strategy, "backward", spans.span(BACKWARD))
         if detailed:
             self._watch_loaders()
         gc.callbacks.append(self._on_garbage_collection)
@@ -101,9 +101,24 @@ class Probes:
 
         self._replace(owner, name, make)
 
+    def _around_each_step(self, owner: Any, name: str, span: AbstractContextManager[Any]) -> None:
+        """Time what every step calls, in the steps that are timed in detail."""
+        collector = self.collector
+
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            def timed(*args: Any, **kwargs: Any) -> Any:
+                if not collector.detailed:
+                    return original(*args, **kwargs)
+                with span:
+                    return original(*args, **kwargs)
+
+            return timed
+
+        self._replace(owner, name, make)
+
     def _watch_logging(self, pl_module: Any) -> None:
         """Time ``log``, and from its first call on what Lightning makes of it after each batch."""
-        span = self.collector.part(LOGGING)
+        collector, span = self.collector, self.collector.log_call()
         connector = self._trainer._logger_connector
 
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,10 +126,12 @@ class Probes:
 
             def log(*args: Any, **kwargs: Any) -> Any:
                 nonlocal watched
-                if not watched and self._trainer.profiler is self.collector:
+                if not watched and self._trainer.profiler is collector:
                     watched = True
                     for name in ("log_metrics", "update_train_step_metrics", "on_batch_end"):
-                        self._around(connector, name, span)
+                        self._around_each_step(connector, name, span)
+                if not collector.detailed:
+                    return original(*args, **kwargs)
                 with span:
                     return original(*args, **kwargs)
 

@@ -34,9 +34,9 @@ def timeline(collector: Collector, system: Mapping[str, np.ndarray], bins: int =
     parts = np.diff(rows, axis=0)
     counts = np.diff(edges)
     times = rows[:, 0] / 1e9
-    by_phase = np.zeros((len(parts), len(PHASES)))
+    by_phase, grown = np.zeros((len(parts), len(PHASES))), collector.divided(parts[:, HEAD:])
     for slot, (phase, _) in enumerate(collector.slots):
-        by_phase[:, PHASES.index(phase)] += parts[:, HEAD + slot]
+        by_phase[:, PHASES.index(phase)] += grown[:, slot]
     per_step = by_phase / counts[:, None] / 1e6
     return {
         "seconds": _rounded(times[:-1] - times[0]),

@@ -25,11 +25,11 @@ def chrome_trace(collector: Collector, system: Mapping[str, np.ndarray]) -> str:
     rows = collector.rows()
     first = collector.steps - len(rows)
     events: list[dict[str, Any]] = []
+    spent = collector.divided(np.diff(rows[:, HEAD:], axis=0)) / 1e3
     for i, (row, following) in enumerate(pairwise(rows)):
         start, end = row[0] / 1e3, following[0] / 1e3
         events.append(_slice(f"step {first + i}", start, end - start))
-        for slot, (phase, detail) in enumerate(collector.slots):
-            took = (following[HEAD + slot] - row[HEAD + slot]) / 1e3
+        for (phase, detail), took in zip(collector.slots, spent[i], strict=False):
             if took > 0:
                 events.append(_slice(detail or phase, start, took))
                 start += took

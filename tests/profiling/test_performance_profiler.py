@@ -13,12 +13,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
-from plain_training import Network, loader_of
+from plain_training import Network, Samples, loader_of
 from torch import nn
 
 from lightning_optcore.callbacks import PerformanceProfiler
 from lightning_optcore.data import Digits
 from lightning_optcore.models import CNN
+from lightning_optcore.profiling import collector as collector_module
 from lightning_optcore.profiling.profile_report import CAUSES, ProfileReport
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -84,6 +85,25 @@ def test_the_phases_add_up_to_an_independent_clock(make_trainer, options):
     assert report.steps == 80
     assert report.stage == "fit"
     assert set(report.phases) > {"data_wait", "forward", "backward", "optimizer", "validation"}
+
+
+def test_of_short_steps_not_all_are_timed_in_detail_and_the_phases_are_the_same(make_trainer, monkeypatch):
+    def shares() -> dict[str, float]:
+        clock, callback = Clock(), profiler()
+        trainer = make_trainer(clock, callback, max_steps=1500)
+        trainer.fit(Network(64, 2), loader_of(Samples(16 * 1500), batch_size=16))
+        report = callback.report
+        assert report.steps == 1500
+        assert sum(phase.seconds for phase in report.phases.values()) == pytest.approx(clock.seconds, rel=0.02)
+        assert sum(sum(values) for values in report.timeline["phases"].values()) == pytest.approx(
+            sum(report.timeline["step_ms"]), rel=0.02
+        )
+        return {name: phase.share for name, phase in report.phases.items()}
+
+    sampled = shares()
+    monkeypatch.setattr(collector_module, "_IN_DETAIL", bytes([1]) * len(collector_module._IN_DETAIL))
+    for name, share in shares().items():
+        assert sampled[name] == pytest.approx(share, abs=0.05), name
 
 
 def test_what_validation_logs_is_part_of_it(make_trainer):
