@@ -12,6 +12,7 @@ import numpy as np
 from lightning_optcore.profiling.collector import HEAD, ON_DEVICE, UNSPLIT, Collector
 from lightning_optcore.profiling.loader_clock import LoaderTimes
 from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, DATA_WAIT, FORWARD, PHASES
+from lightning_optcore.profiling.system_readers import TIME_OF
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class CpuEvidence:
         waiting: Share of the time in which the training thread was runnable without a core.
         machine: Cores that were busy, whoever used them.
         torch_threads: Threads of one operation in torch.
-        switches_per_step: Voluntary context switches of the training thread.
+        switches_per_step: Voluntary context switches of this process.
         throttled: Share of the time in which a quota kept the process off its cores.
         gpu_busy: Mean percent of the busiest GPU; 0 without one.
         device_share: Share of the time in which the device had work of these steps; ``None`` without a queue.
@@ -306,8 +307,19 @@ class _Window:
         return float(max(values[-1] - values[0], 0.0)) if len(values) > 1 else 0.0
 
     def rate(self, name: str) -> float:
-        """Return the growth of a running total a second."""
-        return self.grown(name) / self.seconds if self.seconds else 0.0
+        """Return the growth of a running total a second, between its own readings."""
+        seconds = self.grown(TIME_OF.get(name, "time")) or self.seconds
+        return self.grown(name) / seconds if seconds else 0.0
+
+    def over_time(self, name: str, grid: np.ndarray) -> np.ndarray:
+        """Return a figure at some times; between two of its readings it is taken to move evenly."""
+        values = self.columns.get(name, np.zeros(0))
+        return np.interp(grid, self.readings(name), values) if len(values) else np.zeros(len(grid))
+
+    def readings(self, name: str) -> np.ndarray:
+        """Return when the values of a figure were read."""
+        read = self.columns.get(TIME_OF.get(name, "time"), np.zeros(0))
+        return read if read.any() else self.columns.get("time", np.zeros(0))
 
     def mean(self, name: str) -> float:
         """Return the mean of a figure."""
@@ -355,10 +367,13 @@ def _data(deltas: np.ndarray, waited: float, seconds: float, window: _Window, lo
 
 
 def _memory(window: _Window, steps: int) -> MemoryEvidence:
-    resident = window.columns.get("rss", np.zeros(0)) + window.columns.get("worker_rss", np.zeros(0))
     growths: list[float] = []
     total = 0.0
-    if len(resident) >= 9:
+    read = window.readings("rss")
+    if len(read) >= 9 and read[-1] > read[0]:
+        steps = round(steps * (read[-1] - read[0]) / window.seconds)
+        grid = np.linspace(read[0], read[-1], len(read))
+        resident = window.over_time("rss", grid) + window.over_time("worker_rss", grid)
         # What grows once (optimizer states, caches) is in the first third.
         settled = resident[len(resident) // 4 :]
         edges = [float(np.median(part)) for part in np.array_split(settled, 4)]
@@ -383,7 +398,7 @@ def _cpu(window: _Window, steps: int, loader: LoaderFacts, device_share: float |
         waiting=min(window.rate("main_wait"), 1.0),
         machine=window.rate("machine_busy"),
         torch_threads=loader.torch_threads * local_ranks,
-        switches_per_step=window.grown("switches") / steps if steps else 0.0,
+        switches_per_step=window.rate("switches") * window.seconds / steps if steps else 0.0,
         throttled=window.rate("throttled"),
         gpu_busy=window.mean("gpu_busy"),
         device_share=device_share,

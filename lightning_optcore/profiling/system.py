@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from time import perf_counter, perf_counter_ns, sleep
+from time import perf_counter, perf_counter_ns, process_time, sleep
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ import numpy as np
 from lightning_optcore.profiling.system_readers import COLUMNS, Reader, new_row, system_readers
 
 # What is dear to read, or moves slowly: at first, and in the long run.
-_SELDOM_SECONDS, _MOST_SELDOM_SECONDS, _SHARE = 1.0, 3.0, 0.04
-_NEVER = 1 << 62
+_SELDOM_SECONDS, _MOST_SELDOM_SECONDS, _SHARE = 1.0, 3.0, 0.2
+_NEVER, _WIDTH = 1 << 62, len(COLUMNS)
 
 
 class Sampler:
@@ -60,7 +60,9 @@ class Sampler:
         self._on_sample = on_sample
         # Between two steps the caches are the model's, and every object that is touched costs a miss: a tick takes
         # things as raw as they come, and the sampler's thread makes rows of them.
-        self._waiting: deque[tuple[int, list[Any]]] = deque()
+        self._waiting: deque[tuple[int, float, list[Any] | None]] = deque()
+        # perf_counter_ns() from which on some reader wants to be asked for more than the process's CPU time.
+        self._glance_due = 0.0
         self._row = new_row()
         self._values = memoryview(self._row)
         self._kept = bytearray(8 * len(COLUMNS) * capacity)
@@ -93,13 +95,14 @@ class Sampler:
             if self._thread is None:
                 return
             self._thread = None
-            self._sample(seldom=True)
+            self._sample(seldom=True, last=True)
             self.due = _NEVER
 
     def tick(self) -> None:
         """Sample; to be called when ``due`` has passed."""
-        if self._thread is not None:
-            self._waiting.append(self._glance())
+        now = perf_counter_ns()
+        self.due = now + self._interval_ns
+        self._waiting.append((now, process_time(), self._glances(now) if now >= self._glance_due else None))
 
     def relax(self) -> None:
         """Leave the interval to those who call :meth:`tick`, as long as they keep it."""
@@ -147,44 +150,60 @@ class Sampler:
             if self._on_sample is not None:
                 self._on_sample()
 
-    def _sample(self, seldom: bool) -> None:
+    def _sample(self, seldom: bool, last: bool = False) -> None:
         self._write_waiting()
-        self._write(*self._glance(), seldom)
-
-    def _glance(self) -> tuple[int, list[Any]]:
         now = perf_counter_ns()
         self.due = now + self._interval_ns
+        if not self._fill(now, process_time(), self._glances(now)):
+            return
+        for reader in self._readers or () if seldom else ():
+            try:
+                reader.seldom(self._row, last)
+            except Exception as error:
+                self._failed(reader, error)
+        self._ask_readers()
+        self._keep()
+
+    def _glances(self, now: int) -> list[Any]:
         glances = []
         for reader in self._readers or ():
             try:
-                glances.append(reader.glance(now))
+                glances.append(reader.glance(now) if now >= reader.due else None)
             except Exception as error:
                 self._failed(reader, error)
                 glances.append(None)
-        return now, glances
+        self._ask_readers()
+        return glances
+
+    def _ask_readers(self) -> None:
+        self._glance_due = min((reader.due for reader in self._readers or ()), default=_NEVER)
 
     def _write_waiting(self) -> None:
         while self._waiting:
-            self._write(*self._waiting.popleft(), seldom=False)
+            if self._fill(*self._waiting.popleft()):
+                self._keep()
 
-    def _write(self, now: int, glances: list[Any], seldom: bool) -> None:
+    def _fill(self, now: int, cpu: float, glances: list[Any] | None) -> bool:
+        """Write a sample into the row; return whether it is a new one."""
         row, time = self._row, now / 1e9
         if self.samples and time <= row[0]:
-            return  # the sampler's thread has just taken one itself
+            return False  # the sampler's thread has just taken one itself
         if self.samples and time - row[0] >= 2 * self.interval:
             # A thread that gets no core in time, or steps that are long: what was left out is counted.
             self.dropped += int((time - row[0]) / self.interval) - 1
-        row[0] = time
-        for reader, glance in zip(self._readers or (), glances, strict=True):
-            try:
-                if glance is not None:
-                    reader.fill(row, glance)
-                if seldom:
-                    reader.seldom(row)
-            except Exception as error:
-                self._failed(reader, error)
-        first = self.samples % self.capacity * len(row)
-        self._rows[first : first + len(row)] = self._values
+        row[0], row[1] = time, cpu
+        if glances is not None:
+            for reader, glance in zip(self._readers or (), glances, strict=True):
+                try:
+                    if glance is not None:
+                        reader.fill(row, glance)
+                except Exception as error:
+                    self._failed(reader, error)
+        return True
+
+    def _keep(self) -> None:
+        first = self.samples % self.capacity * _WIDTH
+        self._rows[first : first + _WIDTH] = self._values
         self.samples += 1
 
     def _failed(self, reader: Reader, error: Exception) -> None:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import multiprocessing.process
 import os
-import threading
 from array import array
 from contextlib import suppress
 from pathlib import Path
-from time import process_time
 from typing import Any, Protocol
 
 import psutil
@@ -34,7 +32,7 @@ COLUMNS = (
     "rss",  # bytes now
     "minor_faults",
     "major_faults",
-    "threads",  # of Python now
+    "pressure_time",  # when the pressures were read
     "workers",  # now
     "worker_cpu",  # CPU seconds of all workers
     "worker_wait",  # runnable, but without a core
@@ -42,7 +40,7 @@ COLUMNS = (
     "read_bytes",  # from disks, with the workers
     "read_chars",  # by read(), from wherever, with the workers
     "net_bytes",  # received by all interfaces
-    "switches",  # voluntary context switches of the first thread
+    "switches",  # voluntary context switches of this process
     "machine_busy",  # CPU seconds of all processes, all cores
     "memory_used",  # share of the limit now
     "pressure_cpu",  # seconds in which some task waited
@@ -53,7 +51,19 @@ COLUMNS = (
     "gpu_memory",  # share of the fullest GPU now
     "gpu_temperature",  # degrees Celsius now
     "gpu_power",  # watts now, all GPUs
+    "own_time",  # when this process's memory and waiting were read
+    "seldom_time",  # when its faults, switches and bytes were
+    "machine_time",  # when the machine was
 )
+# What is read less often than "time" says grew from one of its own readings to another.
+TIME_OF = {
+    **dict.fromkeys(("main_cpu", "main_wait", "rss"), "own_time"),
+    **dict.fromkeys(
+        ("minor_faults", "major_faults", "switches", "read_bytes", "read_chars", "worker_rss"), "seldom_time"
+    ),
+    **dict.fromkeys(("net_bytes", "machine_busy", "throttled"), "machine_time"),
+    **dict.fromkeys(("pressure_cpu", "pressure_io", "pressure_memory"), "pressure_time"),
+}
 
 
 Row = array  # of doubles, one for each column
@@ -67,8 +77,11 @@ def new_row() -> Row:
 class Reader(Protocol):
     """Knows one source."""
 
+    # perf_counter_ns() from which on it wants to be asked for a glance.
+    due: float
+
     def glance(self, now: int) -> Any:
-        """Return what every sample has, as raw as it comes; ``now`` is ``perf_counter_ns()``.
+        """Return what moves fast, as raw as it comes; ``now`` is ``perf_counter_ns()``.
 
         It is called between two steps, by the training thread, while another may be in ``seldom``.
         """
@@ -76,8 +89,8 @@ class Reader(Protocol):
     def fill(self, row: Row, glance: Any) -> None:
         """Write into a row what was glanced at."""
 
-    def seldom(self, row: Row) -> None:
-        """Read what moves slowly, at most once a second."""
+    def seldom(self, row: Row, last: bool = False) -> None:
+        """Read what moves slowly, at most once a second; for the ``last`` time all that was put off."""
 
     def close(self) -> None:
         """Give back what is open."""
@@ -94,13 +107,14 @@ class _Due:
     """Says when to look again: ever more seldom, as what is missed becomes a smaller part of what was seen.
 
     Args:
+        share: Of the time since the first look, until the next one.
+        at_least: Seconds between two looks in the beginning.
         at_most: Seconds between two looks in the long run.
     """
 
-    _SHARE = 0.04
-
-    def __init__(self, at_most: float) -> None:
-        self._at_most = at_most * 1e9
+    def __init__(self, share: float, at_least: float, at_most: float) -> None:
+        self._share = share
+        self._at_least, self._at_most = at_least * 1e9, at_most * 1e9
         self._began: int | None = None
         # perf_counter_ns() of the next look.
         self.next = 0.0
@@ -109,19 +123,20 @@ class _Due:
         """Say that a look is being taken."""
         if self._began is None:
             self._began = now
-        self.next = now + min(self._SHARE * (now - self._began), self._at_most)
+        self.next = now + min(max(self._share * (now - self._began), self._at_least), self._at_most)
 
 
-# CPU seconds; statm and schedstat of the process; process number and schedstat of each worker.
-_Glance = tuple[float, tuple[bytes, bytes] | None, list[tuple[int, bytes]] | None]
+# statm and schedstat of the process; process number and schedstat of each worker.
+_Glance = tuple[tuple[bytes, bytes] | None, list[tuple[int, bytes]] | None]
 
 
 class ProcReader:
     """Reads /proc and the cgroup of this process."""
 
     def __init__(self) -> None:
-        # A file of /proc costs thirty microseconds where the caches are the model's.
-        self._own_due, self._machine_due = _Due(at_most=2.0), _Due(at_most=5.0)
+        # A file of /proc costs twenty to fifty microseconds where the caches are the model's, /proc/stat 170.
+        self._own_due, self._machine_due = _Due(0.2, 0.0, 2.0), _Due(0.2, 2.0, 5.0)
+        self._pressure_due = _Due(0.5, 5.0, 15.0)
         self._tick = 1.0 / os.sysconf("SC_CLK_TCK")
         self._page = float(os.sysconf("SC_PAGE_SIZE"))
         self._files: dict[str, int] = {}
@@ -131,13 +146,13 @@ class ProcReader:
         self._last_of: dict[int, tuple[float, float]] = {}
         # What a glance reads, replaced as a whole.
         self._schedules: tuple[tuple[int, int], ...] = ()
+        self.due = 0.0
         # Of workers that have ended; a glance may just be reading them.
         self._to_close: list[int] = []
         for key, path in (
             ("statm", "/proc/self/statm"),
             ("sched", "/proc/self/schedstat"),
             ("io", "/proc/self/io"),
-            ("status", "/proc/self/status"),
             ("machine", "/proc/stat"),
             ("net", "/proc/net/dev"),
             ("meminfo", "/proc/meminfo"),
@@ -152,9 +167,10 @@ class ProcReader:
         self._find_workers()
 
     def glance(self, now: int) -> _Glance:
-        """Read this process and its workers: what costs a few microseconds even when no cache is warm."""
+        """Read this process, which is due ever more seldom, and its workers, if there are any."""
         own = self._glance_at_itself(now) if now >= self._own_due.next else None
-        return process_time(), own, self._glance_at_workers() if self._schedules else None
+        self.due = 0.0 if self._schedules else self._own_due.next
+        return own, self._glance_at_workers() if self._schedules else None
 
     def _glance_at_itself(self, now: int) -> tuple[bytes, bytes]:
         self._own_due.looked(now)
@@ -171,10 +187,11 @@ class ProcReader:
 
     def fill(self, row: Row, glance: _Glance) -> None:
         """Write what was glanced at."""
-        row[1], own, workers = glance
+        own, workers = glance
         if own is not None:
             statm, sched = own
             row[5] = int(statm.split(None, 2)[1]) * self._page
+            row[27] = row[0]
             if sched:
                 run, wait, _ = sched.split()
                 row[3], row[4] = int(run) / 1e9, int(wait) / 1e9
@@ -189,14 +206,14 @@ class ProcReader:
         used = [self._ended, *self._last_of.values()]
         row[9], row[10], row[11] = float(len(self._workers)), sum(one[0] for one in used), sum(one[1] for one in used)
 
-    def seldom(self, row: Row) -> None:
+    def seldom(self, row: Row, last: bool = False) -> None:
         """Look for new workers; read disks, network, memory and pressure."""
         self._find_workers()
         self._add_workers(row)
         if resource is not None:
             usage = resource.getrusage(resource.RUSAGE_SELF)
-            row[2], row[6], row[7] = usage.ru_stime, usage.ru_minflt, usage.ru_majflt
-        row[8] = float(threading.active_count())
+            row[2], row[6], row[7], row[16] = usage.ru_stime, usage.ru_minflt, usage.ru_majflt, usage.ru_nvcsw
+        row[28] = row[0]
         read, chars = self._io(self._files.get("io"))
         resident = 0.0
         for _, io, statm in self._workers.values():
@@ -208,20 +225,26 @@ class ProcReader:
         # A worker that has ended takes its bytes with it: totals must not go back.
         row[13], row[14] = max(read, row[13]), max(chars, row[14])
         now = round(row[0] * 1e9)
-        if now >= self._machine_due.next:
+        if last or now >= self._machine_due.next:
             self._machine_due.looked(now)
             self._read_machine(row)
+        if last or now >= self._pressure_due.next:
+            self._pressure_due.looked(now)
+            self._read_pressure(row)
 
     def _read_machine(self, row: Row) -> None:
+        row[29] = row[0]
         row[15] = self._received()
-        row[16] = self._number("status", b"voluntary_ctxt_switches:")
         busy = self._text("machine").split(b"\n", 1)[0].split()[1:]
         row[17] = (sum(map(int, busy[:3])) + sum(map(int, busy[5:8]))) * self._tick
         row[18] = self._memory_used()
+        row[22] = self._number("cpu_stat", b"throttled_usec") / 1e6 + self._number("cpu_stat", b"throttled_time") / 1e9
+
+    def _read_pressure(self, row: Row) -> None:
+        row[8] = row[0]
         for i, name in enumerate(("pressure_cpu", "pressure_io", "pressure_memory")):
             _, found, rest = self._text(name).partition(b"total=")
             row[19 + i] = int(rest.split()[0]) / 1e6 if found else 0.0
-        row[22] = self._number("cpu_stat", b"throttled_usec") / 1e6 + self._number("cpu_stat", b"throttled_time") / 1e9
 
     def close(self) -> None:
         """Close the files."""
@@ -246,6 +269,7 @@ class ProcReader:
                 self._workers[pid] = (sched, _opened(f"/proc/{pid}/io"), _opened(f"/proc/{pid}/statm"))
                 self._last_of[pid] = (0.0, 0.0)
         self._schedules = tuple((pid, files[0]) for pid, files in self._workers.items())
+        self.due = 0.0
 
     def _forget(self, pid: int) -> None:
         self._to_close += [handle for handle in self._workers.pop(pid) if handle >= 0]
@@ -264,8 +288,7 @@ class ProcReader:
             text = os.pread(handle, 512, 0)
         except OSError:
             return 0.0, 0.0
-        values = dict(line.split(b": ") for line in text.splitlines() if b": " in line)
-        return float(values.get(b"read_bytes", 0)), float(values.get(b"rchar", 0))
+        return _number_after(text, b"read_bytes: "), _number_after(text, b"rchar: ")
 
     def _received(self) -> float:
         lines = self._text("net").splitlines()[2:]
@@ -298,21 +321,24 @@ class ProcReader:
 class PsutilReader:
     """The little that every operating system tells."""
 
+    due = 0.0
+
     def __init__(self) -> None:
         self._process = psutil.Process()
 
-    def glance(self, now: int) -> tuple[float, float, float, float]:
+    def glance(self, now: int) -> tuple[float, float, float]:
         """Read CPU time and memory of this process."""
         with self._process.oneshot():
             times = self._process.cpu_times()
-            return times.user, times.system, self._process.memory_info().rss, self._process.num_threads()
+            return times.user, times.system, self._process.memory_info().rss
 
-    def fill(self, row: Row, glance: tuple[float, float, float, float]) -> None:
+    def fill(self, row: Row, glance: tuple[float, float, float]) -> None:
         """Write what was read."""
-        user, system, rss, threads = glance
-        row[1], row[2], row[3], row[5], row[8] = user + system, system, user + system, rss, threads
+        user, system, rss = glance
+        row[2], row[3], row[5] = system, user + system, rss
+        row[27] = row[0]
 
-    def seldom(self, row: Row) -> None:
+    def seldom(self, row: Row, last: bool = False) -> None:
         """Read workers and the machine."""
         cpu = rss = 0.0
         pids = _child_pids()
@@ -322,6 +348,7 @@ class PsutilReader:
                 times = worker.cpu_times()
                 cpu, rss = cpu + times.user + times.system, rss + worker.memory_info().rss
         row[9], row[10], row[12] = float(len(pids)), max(cpu, row[10]), rss
+        row[29] = row[0]
         row[15] = float(psutil.net_io_counters().bytes_recv)
         row[17] = sum(psutil.cpu_times()) - psutil.cpu_times().idle
         row[18] = psutil.virtual_memory().percent / 100
@@ -332,6 +359,8 @@ class PsutilReader:
 
 class NvmlReader:
     """Reads NVIDIA GPUs, at most once a second."""
+
+    due = float("inf")
 
     def __init__(self, nvml: Any) -> None:
         self._nvml = nvml
@@ -356,7 +385,7 @@ class NvmlReader:
     def fill(self, row: Row, glance: None) -> None:
         """Nothing was glanced at."""
 
-    def seldom(self, row: Row) -> None:
+    def seldom(self, row: Row, last: bool = False) -> None:
         """Read utilisation, memory, temperature and power."""
         nvml, busy, memory, heat, power = self._nvml, 0.0, 0.0, 0.0, 0.0
         for device in self._devices:
@@ -371,6 +400,12 @@ class NvmlReader:
         """End the session with the driver."""
         with suppress(Exception):
             self._nvml.nvmlShutdown()
+
+
+def _number_after(text: bytes, name: bytes) -> float:
+    """Return the number that stands after a name, to the end of its line; 0 where there is none."""
+    first = text.find(name) + len(name)
+    return float(text[first : text.find(b"\n", first)]) if first >= len(name) else 0.0
 
 
 def _child_pids() -> list[int]:

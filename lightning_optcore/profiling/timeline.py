@@ -9,6 +9,7 @@ import numpy as np
 
 from lightning_optcore.profiling.collector import HEAD, Collector
 from lightning_optcore.profiling.phases import PHASES
+from lightning_optcore.profiling.system_readers import TIME_OF
 
 _RATES = {
     "cores used": ("cpu", "worker_cpu"),
@@ -52,13 +53,19 @@ def _system(system: Mapping[str, np.ndarray], times: np.ndarray) -> dict[str, li
         return {}
     figures: dict[str, list[float | None]] = {}
     for title, names in _RATES.items():
-        total = sum(np.interp(times, sampled, system[name]) for name in names)
+        total = sum(np.interp(times, _readings(system, name), system[name]) for name in names)
         rate = np.maximum(np.diff(total) / np.maximum(np.diff(times), 1e-9), 0.0)
         figures[title] = _rounded(rate / (1e6 if "MB" in title else 1.0))
     for title, (name, factor) in _LEVELS.items():
         if system[name].any():
             figures[title] = _rounded(np.interp(times[:-1], sampled, system[name]) * factor)
     return figures
+
+
+def _readings(system: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Return when the values of a column were read."""
+    read = system.get(TIME_OF.get(name, "time"), system["time"])
+    return read if read.any() else system["time"]
 
 
 def _rounded(values: np.ndarray) -> list[Any]:

@@ -66,7 +66,9 @@ def test_ticks_are_samples_for_whoever_looks_next():
 class Broken:
     """Fails between two steps, and when it is asked for what moves slowly."""
 
-    def glance(self, now):
+    due = 0.0
+
+    def glance(self, *_):
         raise OSError("gone")
 
     fill = seldom = glance
