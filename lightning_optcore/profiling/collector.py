@@ -42,8 +42,7 @@ HEAD = 2
 # One slot for each phase, two that are named below, the rest for the time of single callbacks.
 NUM_SLOTS = 47
 _ROW = HEAD + NUM_SLOTS
-# To ask for a thread's CPU time costs a system call: of short steps only some are asked.
-_SHORT_NS, _ASK_EVERY = 5_000_000, 7
+_SHORT_NS = 5_000_000
 _OTHER = PHASES.index(OTHER)
 ON_DEVICE = (TRANSFER, FORWARD, BACKWARD, OPTIMIZER)
 # What every step does is timed in the detailed ones alone: these phases, and what ``log`` itself costs.
@@ -54,6 +53,7 @@ _DIVIDED = [*(PHASES.index(phase) for phase in _EVERY_STEP), _LOG, _OTHER]
 # Every so many steps it is seen how long they are. The pattern of which are detailed repeats, and is of a prime length:
 # what a user does every so many steps meets all of it.
 _LOOK_EVERY, _PATTERN, _DETAILED_STEPS = 64, 251, 31
+_NEVER = 1 << 62
 
 # Actions of these modules do nothing unless they are overridden.
 _EMPTY_HOOKS = (
@@ -102,7 +102,11 @@ class Collector(Profiler):
         self._undetailed: dict[str, AbstractContextManager[Any]] = {}
         self._of_step = self._lookup = self._detailed
         self._short_steps = False
-        self._looked_at = 0
+        # The step and the time at which it was last seen how long steps are.
+        self._looked_step = self._looked_at = 0
+        # Steps until something else than the mark has to be seen to, and perf_counter_ns() when it has to be anyhow.
+        self._undisturbed_steps = 0
+        self._due = _NEVER
         self.slots: list[tuple[str, str | None]] = [(phase, None) for phase in (*PHASES, OTHER, LOGGING)]
         self.totals = array("q", bytes(8 * NUM_SLOTS))
         self._used = memoryview(self.totals)[: len(self.slots)]
@@ -122,10 +126,8 @@ class Collector(Profiler):
         self.recorded = [0] * NUM_SLOTS
         self._before_recorded: list[int] | None = None
         self.data_cpu = 0
-        # How many fetches the next question for the CPU time stands for, and the answer at its beginning.
-        self._asks_for = 0
+        # Its value when the fetch began; the thread is asked in detailed steps alone.
         self._cpu_at_fetch = 0
-        self._last_mark = 0
         super().__init__()
 
     def __getattr__(self, name: str) -> Any:
@@ -187,6 +189,10 @@ class Collector(Profiler):
         now = perf_counter_ns()
         self.totals[self._now.slot] += now - self._now.since
         self._now.since = now
+        self.mark(now)
+
+    def mark(self, now: int) -> None:
+        """Write the running totals, which were brought up to ``now``; what that takes is nobody's wait for data."""
         steps = self.steps
         marks, used = self._marks, self._used
         row = steps % self.capacity * _ROW
@@ -194,33 +200,40 @@ class Collector(Profiler):
         marks[row + 1] = self.data_cpu
         marks[row + HEAD : row + HEAD + len(used)] = used
         self.steps = steps + 1
-        if now - self._last_mark > _SHORT_NS:
-            self._asks_for = 1
-        else:
-            self._asks_for = 0 if steps % _ASK_EVERY else _ASK_EVERY
-        if self._asks_for:
-            self._cpu_at_fetch = thread_time_ns()
-        self._last_mark = now
-        if not steps % _LOOK_EVERY:
+        self._undisturbed_steps -= 1
+        if self._undisturbed_steps <= 0 or now >= self._due:
+            self._attend(steps, now)
+            later = perf_counter_ns()
+            self.totals[self._now.slot] += later - now
+            self._now.since = later
+
+    def _attend(self, step: int, now: int) -> None:
+        """See to what is not done in every step, when one begins."""
+        if step - self._looked_step >= _LOOK_EVERY or not step:
             # A device's time is that of all steps.
-            mean = (now - self._looked_at) // _LOOK_EVERY
-            self._short_steps = steps > 0 and mean < _SHORT_NS and self.device is None
-            self._looked_at = now
+            length = (now - self._looked_at) // max(step - self._looked_step, 1)
+            self._short_steps = step > 0 and length < _SHORT_NS and self.device is None
+            self._looked_step, self._looked_at = step, now
         if (self._short_steps or self._of_step is self._undetailed) and not self.stack:
-            self._choose_detail(steps)
+            self._choose_detail(step)
+        if self.detailed:
+            self._cpu_at_fetch = thread_time_ns()
         if self.device is not None:
             self.device.collect()
-        if self.sampler is not None and now >= self.sampler.due:
-            self.sampler.tick()
+        if self.sampler is not None:
+            if now >= self.sampler.due:
+                self.sampler.tick()
+            self._due = self.sampler.due
         if self.recorder is not None and self.recorder.active:
             self._mark_recorder(self.recorder)
 
     def _choose_detail(self, step: int) -> None:
         recorded = self.recorder is not None and self.recorder.active
-        if not self._short_steps or _IN_DETAIL[step % _PATTERN] or recorded:
-            self._of_step, self._now.slot = self._detailed, _OTHER
+        place = step % _PATTERN
+        if not self._short_steps or _IN_DETAIL[place] or recorded:
+            self._of_step, self._now.slot, self._undisturbed_steps = self._detailed, _OTHER, 0
         else:
-            self._of_step, self._now.slot = self._undetailed, UNSPLIT
+            self._of_step, self._now.slot, self._undisturbed_steps = self._undetailed, UNSPLIT, _UNDETAILED[place]
         self._lookup = self._of_step
 
     def _mark_recorder(self, recorder: WorstSteps) -> None:
@@ -416,13 +429,20 @@ class _Fetch(_Span):
     __slots__ = ()
 
     def __enter__(self) -> None:
-        self._collector.mark_step()
-        super().__enter__()
+        time = perf_counter_ns()
+        now = self._now
+        self._totals[now.slot] += time - now.since
+        now.since = time
+        self._collector.mark(time)
+        self._push(now.slot)
+        now.slot = self._slot
 
     def __exit__(self, *_: object) -> None:
         collector = self._collector
-        if collector._asks_for:
-            collector.data_cpu += (thread_time_ns() - collector._cpu_at_fetch) * collector._asks_for
+        if collector._lookup is collector._detailed:
+            # Of the detailed steps, in the name of the others.
+            stands_for = _PATTERN / _DETAILED_STEPS if collector._short_steps else 1
+            collector.data_cpu += round((thread_time_ns() - collector._cpu_at_fetch) * stands_for)
         super().__exit__()
 
 
@@ -479,6 +499,8 @@ class _Nothing(dict[str, Any]):
 _UNTIMED = _Untimed()
 _NOTHING = _Nothing()
 _IN_DETAIL = bytes(i in random.Random(0).sample(range(_PATTERN), _DETAILED_STEPS) for i in range(_PATTERN))
+# How many steps it is from one to the next detailed one.
+_UNDETAILED = bytes((_IN_DETAIL * 2).index(1, i + 1) - i for i in range(_PATTERN))
 
 
 def _is_empty(owner: Any, hook: str) -> bool:
