@@ -4,9 +4,9 @@ Every instant belongs to exactly one phase: the innermost action that is open. O
 copied into a buffer that was allocated at the start; nothing is analysed here. They are typed memory: between
 two steps the caches are the model's, and every number that is an object of its own costs a miss.
 
-To time what every step does costs some forty microseconds. Where steps are short only one in eight, at random, is timed
-in detail; of the others are known the length, the wait for data, and what happens now and then (callbacks, loggers,
-validation, checkpoints). The rest of these is divided as it is in the detailed ones, by :meth:`Collector.divided`.
+To time what every step does costs some fifty microseconds. Where steps are short only one in eight, at random, is timed
+in detail; the others are counted, and what happens in them now and then (callbacks, loggers, validation, checkpoints)
+is timed. The rest of their time is divided as it is in the detailed ones, by :meth:`Collector.divided`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from lightning_optcore.profiling.phases import (
 from lightning_optcore.profiling.system import Sampler
 from lightning_optcore.profiling.worst_steps import WorstSteps
 
-# Columns before the slots: time, CPU time of the training thread while it waited for data.
-HEAD = 2
-# One slot for each phase, two that are named below, the rest for the time of single callbacks.
-NUM_SLOTS = 47
+# Columns before the slots: time, the step that begins, CPU time of the training thread while it waited for data.
+TIME, STEP, DATA_CPU, HEAD = 0, 1, 2, 3
+# One slot for each phase, three that are named below, the rest for the time of single callbacks.
+NUM_SLOTS = 48
 _ROW = HEAD + NUM_SLOTS
 _SHORT_NS = 5_000_000
 _OTHER = PHASES.index(OTHER)
 ON_DEVICE = (TRANSFER, FORWARD, BACKWARD, OPTIMIZER)
-# What every step does is timed in the detailed ones alone: these phases, and what ``log`` itself costs.
+# What every step does is timed in the detailed ones alone: these phases, calls of ``log``, and the wait for a batch.
 _EVERY_STEP = (TRANSFER, FORWARD, BACKWARD, OPTIMIZER)
-# Slots of the others' time, and of the calls of ``log``.
-UNSPLIT, _LOG = len(PHASES), len(PHASES) + 1
-_DIVIDED = [*(PHASES.index(phase) for phase in _EVERY_STEP), _LOG, _OTHER]
+# Slots of the time of the others, of the calls, and of the wait.
+UNSPLIT, _LOG, FETCH = range(len(PHASES), len(PHASES) + 3)
+_DIVIDED = [*(PHASES.index(phase) for phase in _EVERY_STEP), _LOG, FETCH, _OTHER]
 # Every so many steps it is seen how long they are. The pattern of which are detailed repeats, and is of a prime length:
 # what a user does every so many steps meets all of it.
 _LOOK_EVERY, _PATTERN, _DETAILED_STEPS = 64, 251, 31
@@ -74,7 +74,7 @@ class Collector(Profiler):
         resolve: Returns the object whose hook an action runs, or ``None``; the actions of hooks that nobody
             overrode are then not timed.
         nested: Hooks that run inside an action of their own phase, and need not be timed again.
-        capacity: Steps that are kept; older ones are overwritten.
+        capacity: Marks that are kept; older ones are overwritten. There is one where a detailed step begins or ends.
         device: Times the phases on a device that works through a queue.
 
     Example:
@@ -104,10 +104,9 @@ class Collector(Profiler):
         self._short_steps = False
         # The step and the time at which it was last seen how long steps are.
         self._looked_step = self._looked_at = 0
-        # Steps until something else than the mark has to be seen to, and perf_counter_ns() when it has to be anyhow.
-        self._undisturbed_steps = 0
-        self._due = _NEVER
-        self.slots: list[tuple[str, str | None]] = [(phase, None) for phase in (*PHASES, OTHER, LOGGING)]
+        # Steps until the next one that is detailed.
+        self._steps_to_count = 0
+        self.slots: list[tuple[str, str | None]] = [(phase, None) for phase in (*PHASES, OTHER, LOGGING, DATA_WAIT)]
         self.totals = array("q", bytes(8 * NUM_SLOTS))
         self._used = memoryview(self.totals)[: len(self.slots)]
         self.stack: list[int] = []
@@ -116,7 +115,7 @@ class Collector(Profiler):
         self.capacity = capacity
         self.buffer = bytearray(8 * _ROW * capacity)
         self._marks = memoryview(self.buffer).cast("q")
-        self.steps = 0
+        self.marks = self.steps = 0
         self.device = device
         # Takes a sample of the system between two steps, when one is due.
         self.sampler: Sampler | None = None
@@ -193,22 +192,21 @@ class Collector(Profiler):
 
     def mark(self, now: int) -> None:
         """Write the running totals, which were brought up to ``now``; what that takes is nobody's wait for data."""
-        steps = self.steps
-        marks, used = self._marks, self._used
-        row = steps % self.capacity * _ROW
+        step, marks, used = self.steps, self._marks, self._used
+        row = self.marks % self.capacity * _ROW
         marks[row] = now
-        marks[row + 1] = self.data_cpu
+        marks[row + STEP] = step
+        marks[row + DATA_CPU] = self.data_cpu
         marks[row + HEAD : row + HEAD + len(used)] = used
-        self.steps = steps + 1
-        self._undisturbed_steps -= 1
-        if self._undisturbed_steps <= 0 or now >= self._due:
-            self._attend(steps, now)
-            later = perf_counter_ns()
-            self.totals[self._now.slot] += later - now
-            self._now.since = later
+        self.marks += 1
+        self.steps = step + 1
+        self._attend(step, now)
+        later = perf_counter_ns()
+        self.totals[self._now.slot] += later - self._now.since
+        self._now.since = later
 
     def _attend(self, step: int, now: int) -> None:
-        """See to what is not done in every step, when one begins."""
+        """See to all that is not timing, when a step begins."""
         if step - self._looked_step >= _LOOK_EVERY or not step:
             # A device's time is that of all steps.
             length = (now - self._looked_at) // max(step - self._looked_step, 1)
@@ -220,10 +218,8 @@ class Collector(Profiler):
             self._cpu_at_fetch = thread_time_ns()
         if self.device is not None:
             self.device.collect()
-        if self.sampler is not None:
-            if now >= self.sampler.due:
-                self.sampler.tick()
-            self._due = self.sampler.due
+        if self.sampler is not None and now >= self.sampler.due:
+            self.sampler.tick()
         if self.recorder is not None and self.recorder.active:
             self._mark_recorder(self.recorder)
 
@@ -231,9 +227,10 @@ class Collector(Profiler):
         recorded = self.recorder is not None and self.recorder.active
         place = step % _PATTERN
         if not self._short_steps or _IN_DETAIL[place] or recorded:
-            self._of_step, self._now.slot, self._undisturbed_steps = self._detailed, _OTHER, 0
+            self._of_step, self._now.slot = self._detailed, _OTHER
         else:
-            self._of_step, self._now.slot, self._undisturbed_steps = self._undetailed, UNSPLIT, _UNDETAILED[place]
+            self._of_step, self._now.slot = self._undetailed, UNSPLIT
+            self._steps_to_count = _UNDETAILED[place]
         self._lookup = self._of_step
 
     def _mark_recorder(self, recorder: WorstSteps) -> None:
@@ -247,17 +244,19 @@ class Collector(Profiler):
     def rows(self, last: int | None = None) -> np.ndarray:
         """Return the marks that are kept, oldest first: (marks, HEAD + NUM_SLOTS) nanoseconds, running totals.
 
+        Between two of them lies a detailed step, or some that are not.
+
         Args:
             last: At most so many, the newest.
         """
-        steps = self.steps
-        kept = min(steps, self.capacity, last if last is not None else steps)
-        return self.rows_of(np.arange(steps - kept, steps))
+        marks = self.marks
+        kept = min(marks, self.capacity, last if last is not None else marks)
+        return self.rows_of(np.arange(marks - kept, marks))
 
-    def rows_of(self, steps: np.ndarray) -> np.ndarray:
-        """Return the marks of these steps, which must be among those that are kept."""
+    def rows_of(self, marks: np.ndarray) -> np.ndarray:
+        """Return marks by their number; they must be among those that are kept."""
         table = np.frombuffer(self.buffer, dtype=np.int64).reshape(self.capacity, -1)
-        return table[steps % self.capacity]
+        return table[marks % self.capacity]
 
     def snapshot(self) -> list[int]:
         """Return the running totals of the slots at this moment, in nanoseconds."""
@@ -336,7 +335,10 @@ class Collector(Profiler):
 
     def _new_span(self, action: str) -> AbstractContextManager[Any]:
         span = self._detailed[action] = self._span_of(action)
-        self._undetailed[action] = _UNTIMED if phase_of(action)[0] in _EVERY_STEP else span
+        if isinstance(span, _Fetch):
+            self._undetailed[action] = _Counted(self, span)
+        else:
+            self._undetailed[action] = _UNTIMED if phase_of(action)[0] in _EVERY_STEP else span
         return self._of_step[action]
 
     def _span_of(self, action: str) -> AbstractContextManager[Any]:
@@ -348,7 +350,7 @@ class Collector(Profiler):
             # What is open around it is other, too.
             return _UNTIMED
         if phase == DATA_WAIT:
-            return _Fetch(self, self._slot(phase, detail))
+            return _Fetch(self, FETCH)
         if action == "save_checkpoint":
             return self.whole(phase)
         return self.span(phase, detail)
@@ -434,16 +436,41 @@ class _Fetch(_Span):
         self._totals[now.slot] += time - now.since
         now.since = time
         self._collector.mark(time)
-        self._push(now.slot)
-        now.slot = self._slot
+        # The step that begins may be none of the detailed ones.
+        if self._collector.detailed:
+            self._push(now.slot)
+            now.slot = self._slot
 
     def __exit__(self, *_: object) -> None:
         collector = self._collector
-        if collector._lookup is collector._detailed:
+        if self._now.slot == FETCH:
             # Of the detailed steps, in the name of the others.
             stands_for = _PATTERN / _DETAILED_STEPS if collector._short_steps else 1
             collector.data_cpu += round((thread_time_ns() - collector._cpu_at_fetch) * stands_for)
         super().__exit__()
+
+
+class _Counted:
+    """A wait for a batch that is not timed: all that is done in a step that is not detailed."""
+
+    __slots__ = ("_collector", "_fetch", "_now")
+
+    def __init__(self, collector: Collector, fetch: _Fetch) -> None:
+        self._collector = collector
+        self._now = collector._now
+        self._fetch = fetch
+
+    def __enter__(self) -> None:
+        collector = self._collector
+        if collector._steps_to_count > 1:
+            collector._steps_to_count -= 1
+            collector.steps += 1
+        else:
+            self._fetch.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        if self._now.slot == FETCH:
+            self._fetch.__exit__()
 
 
 class _Whole(_Span):

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from lightning_optcore.profiling.collector import HEAD, ON_DEVICE, UNSPLIT, Collector
+from lightning_optcore.profiling.collector import DATA_CPU, HEAD, ON_DEVICE, STEP, TIME, UNSPLIT, Collector
 from lightning_optcore.profiling.loader_clock import LoaderTimes
 from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, DATA_WAIT, FORWARD, PHASES
 from lightning_optcore.profiling.system_readers import TIME_OF
@@ -225,38 +225,38 @@ def gather(
         last: Look at so many steps at most, the newest.
     """
     rows = collector.rows(last)
-    first_kept = max(collector.steps - collector.capacity, 0)
-    first = collector.steps - len(rows)
-    skipped = max(0, min(WARM_UP_STEPS - first, len(rows) - 1))
+    skipped = max(0, min(int((rows[:, STEP] < WARM_UP_STEPS).sum()), len(rows) - 1))
     rows = rows[skipped:]
-    interval = (first + skipped, collector.steps - 1)
+    interval = (int(rows[0, STEP]), int(rows[-1, STEP])) if len(rows) else (0, -1)
     if len(rows) < 2:
         return Evidence(interval, stage=stage, audit=audit, ranks=ranks)
     deltas = np.diff(rows, axis=0)
     if collector.recorder is not None and collector.recorder.steps is not None:
-        deltas = _undisturbed(deltas, interval[0], collector.recorder.steps)
-    lengths = deltas[:, 0] / 1e6
-    seconds = float(lengths.sum() / 1e3)
-    detailed = deltas[:, HEAD + UNSPLIT] == 0
+        deltas = _undisturbed(deltas, rows[:-1, STEP], collector.recorder.steps)
+    steps, seconds = int(deltas[:, STEP].sum()), float(deltas[:, TIME].sum() / 1e9)
     phases = _phases(collector, deltas)
-    # What was divided is known on average alone.
-    typical = phases[detailed] if detailed.any() else phases
+    # Of what was divided, and of several steps, the mean alone is known.
+    detailed = (deltas[:, HEAD + UNSPLIT] == 0) & (deltas[:, STEP] == 1)
+    each = detailed if detailed.any() else np.ones(len(deltas), dtype=bool)
+    typical = phases[each] / deltas[each, STEP][:, None]
+    lengths = deltas[each, TIME] / deltas[each, STEP] / 1e6
     details = {
         detail: float(deltas[:, HEAD + slot].sum() / 1e9 / seconds)
         for slot, (_, detail) in enumerate(collector.slots)
         if detail is not None
     }
-    start, end = rows[0, 0] / 1e9, rows[-1, 0] / 1e9
+    start, end = rows[0, TIME] / 1e9, rows[-1, TIME] / 1e9
     if last is not None:
         # The newest steps may be shorter than what lies between two looks at the machine.
-        oldest = collector.rows_of(np.array([max(first_kept, min(WARM_UP_STEPS, interval[1]))]))[0, 0] / 1e9
+        kept = max(collector.marks - collector.capacity, min(WARM_UP_STEPS, collector.marks - 1))
+        oldest = collector.rows_of(np.array([kept]))[0, TIME] / 1e9
         start = max(oldest, min(start, end - _SYSTEM_SECONDS))
     window = _Window(system, start, end)
-    steps_in_window = round(len(deltas) * (end - start) / seconds)
+    steps_in_window = round(steps * (end - start) / seconds)
     waited = float(phases[:, PHASES.index(DATA_WAIT)].sum() / 1e9)
     return Evidence(
         interval=interval,
-        steps=len(deltas),
+        steps=steps,
         seconds=seconds,
         step_ms=float(np.percentile(lengths, 50)),
         step_ms_p90=float(np.percentile(lengths, 90)),
@@ -273,9 +273,8 @@ def gather(
     )
 
 
-def _undisturbed(deltas: np.ndarray, first: int, recorded: tuple[int, int]) -> np.ndarray:
+def _undisturbed(deltas: np.ndarray, steps: np.ndarray, recorded: tuple[int, int]) -> np.ndarray:
     """Leave out the steps that were recorded in depth, unless nothing else is there."""
-    steps = first + np.arange(len(deltas))
     apart = (steps < recorded[0] - 1) | (steps > recorded[1])
     return deltas[apart] if apart.any() else deltas
 
@@ -337,8 +336,8 @@ def _data(deltas: np.ndarray, waited: float, seconds: float, window: _Window, lo
     starved = 0.0
     if workers == 0:
         # The training thread makes the batches itself: its own clock over the wait says what it did.
-        cpu_seconds = float(deltas[:, 1].sum() / 1e9)
-        per_batch, cpu_per_batch = waited / len(deltas), cpu_seconds / len(deltas)
+        cpu_seconds, batches = float(deltas[:, DATA_CPU].sum() / 1e9), float(deltas[:, STEP].sum())
+        per_batch, cpu_per_batch = waited / batches, cpu_seconds / batches
         cpu = cpu_seconds / waited if waited else 0.0
         # The collate function's seconds are of the whole run, hence by batch.
         collate = times.collate_wall / times.batches / per_batch if times.batches and per_batch else 0.0
@@ -410,7 +409,7 @@ def _device_share(collector: Collector, rows: np.ndarray) -> float | None:
         return None
     on_device = tuple(slot for slot, (phase, _) in enumerate(collector.slots) if phase in ON_DEVICE)
     busy = sum(collector.device.milliseconds.get(slot, 0.0) for slot in on_device)
-    mean_ms = (rows[-1, 0] - rows[0, 0]) / 1e6 / (len(rows) - 1)
+    mean_ms = (rows[-1, TIME] - rows[0, TIME]) / 1e6 / (rows[-1, STEP] - rows[0, STEP])
     return min(busy / (mean_ms * collector.steps), 1.0)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_optcore.profiling.collector import HEAD, Collector
+from lightning_optcore.profiling.collector import HEAD, STEP, TIME, Collector
 from lightning_optcore.profiling.phases import PHASES
 from lightning_optcore.profiling.system_readers import TIME_OF
 
@@ -26,22 +26,22 @@ def timeline(collector: Collector, system: Mapping[str, np.ndarray], bins: int =
         ``seconds``: where each part begins, from the first step; ``phases``: milliseconds a step of each phase;
         ``step_ms``: those of whole steps; ``system``: figures by name, ``None`` where there was no sample.
     """
-    steps = collector.steps
-    first = max(steps - collector.capacity, 0)
-    if steps - first < 2:
+    marks = collector.marks
+    first = max(marks - collector.capacity, 0)
+    if marks - first < 2:
         return {}
-    edges = np.unique(np.linspace(first, steps - 1, min(bins, steps - 1 - first) + 1).astype(int))
+    edges = np.unique(np.linspace(first, marks - 1, min(bins, marks - 1 - first) + 1).astype(int))
     rows = collector.rows_of(edges)
     parts = np.diff(rows, axis=0)
-    counts = np.diff(edges)
-    times = rows[:, 0] / 1e9
+    counts = np.maximum(parts[:, STEP], 1)
+    times = rows[:, TIME] / 1e9
     by_phase, grown = np.zeros((len(parts), len(PHASES))), collector.divided(parts[:, HEAD:])
     for slot, (phase, _) in enumerate(collector.slots):
         by_phase[:, PHASES.index(phase)] += grown[:, slot]
     per_step = by_phase / counts[:, None] / 1e6
     return {
         "seconds": _rounded(times[:-1] - times[0]),
-        "step_ms": _rounded(parts[:, 0] / counts / 1e6),
+        "step_ms": _rounded(parts[:, TIME] / counts / 1e6),
         "phases": {phase: _rounded(per_step[:, i]) for i, phase in enumerate(PHASES) if per_step[:, i].any()},
         "system": _system(system, times),
     }

@@ -9,26 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from lightning_optcore.profiling.collector import HEAD, Collector
+from lightning_optcore.profiling.collector import HEAD, STEP, TIME, Collector
 
 # Only totals by step are kept, so the phases of a step are drawn in the order in which the loop runs them.
 _COUNTERS = {"rss": ("memory in MB", 1e-6), "memory_used": ("memory used in percent", 100.0)}
 
 
 def chrome_trace(collector: Collector, system: Mapping[str, np.ndarray]) -> str:
-    """Return a Chrome trace: one slice for each step and each phase in it, and counters of the memory.
+    """Return a Chrome trace: a slice for each step, or several short ones, and each phase; counters of the memory.
 
     Args:
         collector: The recorded steps.
         system: Columns of the sampler's table.
     """
     rows = collector.rows()
-    first = collector.steps - len(rows)
     events: list[dict[str, Any]] = []
     spent = collector.divided(np.diff(rows[:, HEAD:], axis=0)) / 1e3
     for i, (row, following) in enumerate(pairwise(rows)):
-        start, end = row[0] / 1e3, following[0] / 1e3
-        events.append(_slice(f"step {first + i}", start, end - start))
+        start, end = row[TIME] / 1e3, following[TIME] / 1e3
+        first, last = row[STEP], following[STEP] - 1
+        events.append(_slice(f"step {first}" if last <= first else f"steps {first} to {last}", start, end - start))
         for (phase, detail), took in zip(collector.slots, spent[i], strict=False):
             if took > 0:
                 events.append(_slice(detail or phase, start, took))
