@@ -299,9 +299,9 @@ def sampler(options: argparse.Namespace) -> None:
                         clock_due = False
                 spent.append(measured.cpu + measured.inline)
             measured.close()
-        shares = [100 * (spent[1] - spent[0]) / 20, 100 * (spent[3] - spent[2]) / 60]
+        shares = [100 * spent[3] / 150, 100 * spent[1] / 20, 100 * (spent[3] - spent[2]) / 60]
         rows.append((f"{count} workers", *(f"{s:.3f}%" for s in shares), f"{measured.samples}", f"{measured.dropped}"))
-    _print(("sampler at 10 Hz", "of a core, first 20 s", "after 90 s", "samples", "dropped"), rows)
+    _print(("sampler at 10 Hz", "of a core, 150 s", "first 20 s", "after 90 s", "samples", "dropped"), rows)
 
 
 def neighbours_as_workers(count: int) -> Any:

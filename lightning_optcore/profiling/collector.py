@@ -42,7 +42,6 @@ TIME, STEP, DATA_CPU, HEAD = 0, 1, 2, 3
 # One slot for each phase, three that are named below, the rest for the time of single callbacks.
 NUM_SLOTS = 48
 _ROW = HEAD + NUM_SLOTS
-_SHORT_NS = 5_000_000
 _OTHER = PHASES.index(OTHER)
 ON_DEVICE = (TRANSFER, FORWARD, BACKWARD, OPTIMIZER)
 # What every step does is timed in the detailed ones alone: these phases, calls of ``log``, and the wait for a batch.
@@ -53,7 +52,8 @@ _DIVIDED = [*(PHASES.index(phase) for phase in _EVERY_STEP), _LOG, FETCH, _OTHER
 # Every so many steps it is seen how long they are. The pattern of which are detailed repeats, and is of a prime length:
 # what a user does every so many steps meets all of it.
 _LOOK_EVERY, _PATTERN, _DETAILED_STEPS = 64, 251, 31
-_NEVER = 1 << 62
+# Nanoseconds of a step below which not all are detailed; and from which on the sampler cannot wait for those that are.
+_SHORT, _SAMPLED_APART = 20_000_000, 1_500_000
 
 # Actions of these modules do nothing unless they are overridden.
 _EMPTY_HOOKS = (
@@ -102,6 +102,7 @@ class Collector(Profiler):
         self._undetailed: dict[str, AbstractContextManager[Any]] = {}
         self._of_step = self._lookup = self._detailed
         self._short_steps = False
+        self._samples_apart = False
         # The step and the time at which it was last seen how long steps are.
         self._looked_step = self._looked_at = 0
         # Steps until the next one that is detailed.
@@ -210,7 +211,8 @@ class Collector(Profiler):
         if step - self._looked_step >= _LOOK_EVERY or not step:
             # A device's time is that of all steps.
             length = (now - self._looked_at) // max(step - self._looked_step, 1)
-            self._short_steps = step > 0 and length < _SHORT_NS and self.device is None
+            self._short_steps = step > 0 and length < _SHORT and self.device is None
+            self._samples_apart = self.sampler is not None and length > _SAMPLED_APART
             self._looked_step, self._looked_at = step, now
         if (self._short_steps or self._of_step is self._undetailed) and not self.stack:
             self._choose_detail(step)
@@ -465,6 +467,8 @@ class _Counted:
         if collector._steps_to_count > 1:
             collector._steps_to_count -= 1
             collector.steps += 1
+            if collector._samples_apart and perf_counter_ns() >= collector.sampler.due:  # type: ignore[union-attr]
+                collector.sampler.tick()  # type: ignore[union-attr]
         else:
             self._fetch.__enter__()
 

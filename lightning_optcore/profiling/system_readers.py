@@ -55,6 +55,9 @@ COLUMNS = (
     "seldom_time",  # when its faults, switches and bytes were
     "machine_time",  # when the machine was
 )
+OWN_TIME, SELDOM_TIME, MACHINE_TIME, PRESSURE_TIME = map(
+    COLUMNS.index, ("own_time", "seldom_time", "machine_time", "pressure_time")
+)
 # What is read less often than "time" says grew from one of its own readings to another.
 TIME_OF = {
     **dict.fromkeys(("main_cpu", "main_wait", "rss"), "own_time"),
@@ -191,7 +194,7 @@ class ProcReader:
         if own is not None:
             statm, sched = own
             row[5] = int(statm.split(None, 2)[1]) * self._page
-            row[27] = row[0]
+            row[OWN_TIME] = row[0]
             if sched:
                 run, wait, _ = sched.split()
                 row[3], row[4] = int(run) / 1e9, int(wait) / 1e9
@@ -213,7 +216,7 @@ class ProcReader:
         if resource is not None:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             row[2], row[6], row[7], row[16] = usage.ru_stime, usage.ru_minflt, usage.ru_majflt, usage.ru_nvcsw
-        row[28] = row[0]
+        row[SELDOM_TIME] = row[0]
         read, chars = self._io(self._files.get("io"))
         resident = 0.0
         for _, io, statm in self._workers.values():
@@ -233,7 +236,7 @@ class ProcReader:
             self._read_pressure(row)
 
     def _read_machine(self, row: Row) -> None:
-        row[29] = row[0]
+        row[MACHINE_TIME] = row[0]
         row[15] = self._received()
         busy = self._text("machine").split(b"\n", 1)[0].split()[1:]
         row[17] = (sum(map(int, busy[:3])) + sum(map(int, busy[5:8]))) * self._tick
@@ -241,7 +244,7 @@ class ProcReader:
         row[22] = self._number("cpu_stat", b"throttled_usec") / 1e6 + self._number("cpu_stat", b"throttled_time") / 1e9
 
     def _read_pressure(self, row: Row) -> None:
-        row[8] = row[0]
+        row[PRESSURE_TIME] = row[0]
         for i, name in enumerate(("pressure_cpu", "pressure_io", "pressure_memory")):
             _, found, rest = self._text(name).partition(b"total=")
             row[19 + i] = int(rest.split()[0]) / 1e6 if found else 0.0
@@ -336,7 +339,7 @@ class PsutilReader:
         """Write what was read."""
         user, system, rss = glance
         row[2], row[3], row[5] = system, user + system, rss
-        row[27] = row[0]
+        row[OWN_TIME] = row[0]
 
     def seldom(self, row: Row, last: bool = False) -> None:
         """Read workers and the machine."""
@@ -348,7 +351,7 @@ class PsutilReader:
                 times = worker.cpu_times()
                 cpu, rss = cpu + times.user + times.system, rss + worker.memory_info().rss
         row[9], row[10], row[12] = float(len(pids)), max(cpu, row[10]), rss
-        row[29] = row[0]
+        row[MACHINE_TIME] = row[0]
         row[15] = float(psutil.net_io_counters().bytes_recv)
         row[17] = sum(psutil.cpu_times()) - psutil.cpu_times().idle
         row[18] = psutil.virtual_memory().percent / 100

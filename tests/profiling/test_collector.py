@@ -10,6 +10,7 @@ from lightning_optcore.profiling import collector as columns
 from lightning_optcore.profiling.collector import HEAD, TIME, UNSPLIT, Collector
 from lightning_optcore.profiling.device_clock import DeviceClock
 from lightning_optcore.profiling.phases import BACKWARD, FORWARD, LOGGING, PHASES, VALIDATION, phase_of
+from lightning_optcore.profiling.system import Sampler
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
 STEP = "[Strategy]SingleDeviceStrategy.training_step"
@@ -211,7 +212,7 @@ def test_longer_steps_are_all_timed_in_detail(clock):
         collector.start(FETCH)
         collector.stop(FETCH)
         with collector.profile(STEP):
-            clock.spin(0.006)
+            clock.spin(0.021)
     assert detailed(collector).all()
 
 
@@ -221,7 +222,7 @@ def test_steps_that_become_longer_are_timed_in_detail_again(clock):
     assert not detailed(collector)[-64:].all()
     for _ in range(160):
         with collector.profile(FETCH):
-            clock.spin(0.006)
+            clock.spin(0.021)
     assert detailed(collector)[-32:].all()
     assert collector.detailed
 
@@ -237,3 +238,18 @@ def test_a_device_that_is_timed_has_all_steps(clock):
     collector = Collector(device=DeviceClock(Event))
     short_steps(collector, clock, 200)
     assert detailed(collector).all()
+
+
+def test_samples_come_at_their_interval_where_few_steps_are_detailed(clock, monkeypatch):
+    monkeypatch.setattr("lightning_optcore.profiling.system.perf_counter_ns", clock)
+    collector = Collector()
+    sampler = collector.sampler = Sampler(interval=0.1, readers=[])
+    sampler.due = 0
+    for _ in range(1000):
+        collector.start(FETCH)
+        collector.stop(FETCH)
+        clock.spin(0.01)
+    assert not detailed(collector).all()
+    assert len(sampler._waiting) == pytest.approx(100, abs=5)
+    gaps = np.diff([taken for taken, *_ in sampler._waiting]) / 1e9
+    assert gaps.max() < 0.15, "none is left out"
