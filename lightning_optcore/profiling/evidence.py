@@ -225,6 +225,8 @@ def gather(
         last: Look at so many steps at most, the newest.
     """
     rows = collector.rows(last)
+    if last is not None and len(rows):
+        rows = rows[rows[:, STEP] >= rows[-1, STEP] - last]
     skipped = max(0, min(int((rows[:, STEP] < WARM_UP_STEPS).sum()), len(rows) - 1))
     rows = rows[skipped:]
     interval = (int(rows[0, STEP]), int(rows[-1, STEP])) if len(rows) else (0, -1)
@@ -372,7 +374,8 @@ def _memory(window: _Window, steps: int) -> MemoryEvidence:
     if len(read) >= 9 and read[-1] > read[0]:
         steps = round(steps * (read[-1] - read[0]) / window.seconds)
         grid = np.linspace(read[0], read[-1], len(read))
-        resident = window.over_time("rss", grid) + window.over_time("worker_rss", grid)
+        # Workers are read so seldom that between two readings nothing is known of how they grew.
+        resident = window.over_time("rss", grid) + np.interp(grid, window.columns["time"], window.columns["worker_rss"])
         # What grows once (optimizer states, caches) is in the first third.
         settled = resident[len(resident) // 4 :]
         edges = [float(np.median(part)) for part in np.array_split(settled, 4)]

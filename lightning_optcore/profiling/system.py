@@ -4,8 +4,8 @@ To wake a thread costs more than what it then reads. So the training thread take
 whenever one is due, as raw as they come; the sampler's own thread wakes once a second, in a long run once in three, to
 make rows of them and to read what is read seldom. It only takes over where the steps are too long to keep the interval.
 
-Ten times a second there are the CPU times of the process and its workers; memory, the machine and its pressures are
-read ever more seldom as a run goes on, down to once in 2, 5 and 15 seconds. When they were read stands beside them, so
+Ten times a second there is the CPU time of the process; its workers, memory, the machine and its pressures are read
+ever more seldom as a run goes on, down to once in .5, 2, 5 and 15 seconds. When they were read stands beside them, so
 that rates are not those of figures that had grown old.
 """
 

@@ -54,16 +54,16 @@ COLUMNS = (
     "own_time",  # when this process's memory and waiting were read
     "seldom_time",  # when its faults, switches and bytes were
     "machine_time",  # when the machine was
+    "worker_time",  # when the CPU time and waiting of workers were
 )
-OWN_TIME, SELDOM_TIME, MACHINE_TIME, PRESSURE_TIME = map(
-    COLUMNS.index, ("own_time", "seldom_time", "machine_time", "pressure_time")
+OWN_TIME, SELDOM_TIME, MACHINE_TIME, PRESSURE_TIME, WORKER_TIME = map(
+    COLUMNS.index, ("own_time", "seldom_time", "machine_time", "pressure_time", "worker_time")
 )
 # What is read less often than "time" says grew from one of its own readings to another.
 TIME_OF = {
     **dict.fromkeys(("main_cpu", "main_wait", "rss"), "own_time"),
-    **dict.fromkeys(
-        ("minor_faults", "major_faults", "switches", "read_bytes", "read_chars", "worker_rss"), "seldom_time"
-    ),
+    **dict.fromkeys(("minor_faults", "major_faults", "switches", "read_bytes", "read_chars"), "seldom_time"),
+    **dict.fromkeys(("worker_cpu", "worker_wait"), "worker_time"),
     **dict.fromkeys(("net_bytes", "machine_busy", "throttled"), "machine_time"),
     **dict.fromkeys(("pressure_cpu", "pressure_io", "pressure_memory"), "pressure_time"),
 }
@@ -139,7 +139,7 @@ class ProcReader:
     def __init__(self) -> None:
         # A file of /proc costs twenty to fifty microseconds where the caches are the model's, /proc/stat 170.
         self._own_due, self._machine_due = _Due(0.2, 0.0, 2.0), _Due(0.2, 2.0, 5.0)
-        self._pressure_due = _Due(0.5, 5.0, 15.0)
+        self._workers_due, self._pressure_due = _Due(0.05, 0.0, 0.5), _Due(0.5, 5.0, 15.0)
         self._tick = 1.0 / os.sysconf("SC_CLK_TCK")
         self._page = float(os.sysconf("SC_PAGE_SIZE"))
         self._files: dict[str, int] = {}
@@ -170,17 +170,21 @@ class ProcReader:
         self._find_workers()
 
     def glance(self, now: int) -> _Glance:
-        """Read this process, which is due ever more seldom, and its workers, if there are any."""
+        """Read this process and its workers, if there are any, which are due ever more seldom."""
         own = self._glance_at_itself(now) if now >= self._own_due.next else None
-        self.due = 0.0 if self._schedules else self._own_due.next
-        return own, self._glance_at_workers() if self._schedules else None
+        workers, self.due = None, self._own_due.next
+        if self._schedules:
+            workers = self._glance_at_workers(now) if now >= self._workers_due.next else None
+            self.due = min(self.due, self._workers_due.next)
+        return own, workers
 
     def _glance_at_itself(self, now: int) -> tuple[bytes, bytes]:
         self._own_due.looked(now)
         files = self._files
         return os.pread(files["statm"], 64, 0), os.pread(files["sched"], 64, 0) if "sched" in files else b""
 
-    def _glance_at_workers(self) -> list[tuple[int, bytes]]:
+    def _glance_at_workers(self, now: int) -> list[tuple[int, bytes]]:
+        self._workers_due.looked(now)
         seen = []
         for pid, schedule in self._schedules:
             # One that has ended cannot be read; what it used last stays in the totals.
@@ -199,6 +203,7 @@ class ProcReader:
                 run, wait, _ = sched.split()
                 row[3], row[4] = int(run) / 1e9, int(wait) / 1e9
         if workers is not None:
+            row[WORKER_TIME] = row[0]
             for pid, text in workers:
                 if pid in self._last_of and text:
                     run, wait, _ = text.split()
@@ -213,6 +218,9 @@ class ProcReader:
         """Look for new workers; read disks, network, memory and pressure."""
         self._find_workers()
         self._add_workers(row)
+        if not self._workers:
+            # None of them is known as well.
+            row[WORKER_TIME] = row[0]
         if resource is not None:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             row[2], row[6], row[7], row[16] = usage.ru_stime, usage.ru_minflt, usage.ru_majflt, usage.ru_nvcsw
@@ -272,7 +280,7 @@ class ProcReader:
                 self._workers[pid] = (sched, _opened(f"/proc/{pid}/io"), _opened(f"/proc/{pid}/statm"))
                 self._last_of[pid] = (0.0, 0.0)
         self._schedules = tuple((pid, files[0]) for pid, files in self._workers.items())
-        self.due = 0.0
+        self.due = self._workers_due.next = 0.0
 
     def _forget(self, pid: int) -> None:
         self._to_close += [handle for handle in self._workers.pop(pid) if handle >= 0]

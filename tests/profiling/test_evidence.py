@@ -62,6 +62,16 @@ def test_memory_that_is_read_seldom_is_judged_by_its_readings(ten_seconds, megab
         assert memory.mb_per_step == pytest.approx(0.2, rel=0.05)
 
 
+def test_what_workers_took_between_two_looks_is_no_steady_growth(ten_seconds):
+    time = np.arange(0.05, 10, 0.1)
+    looked = stairs(time, [0.0, 3.05, 6.05, 9.05])
+    memory = gather(
+        ten_seconds, samples(own_time=time, seldom_time=looked, worker_rss=20e6 * looked), LoaderFacts()
+    ).memory
+    assert memory.total_mb > 50
+    assert memory.steadiness == 0
+
+
 def test_the_sampler_says_when_it_read_what():
     sampler = Sampler(interval=0.01)
     sampler.start()
@@ -69,7 +79,7 @@ def test_the_sampler_says_when_it_read_what():
         sampler.tick()
     sampler.close()
     table = sampler.table()
-    for name in ("own_time", "seldom_time", "machine_time"):
+    for name in ("own_time", "seldom_time", "machine_time", "worker_time"):
         assert (table[name] > 0).all()
         assert (table[name] <= table["time"]).all()
         assert table[name][0] == table["time"][0]

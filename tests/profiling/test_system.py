@@ -124,6 +124,23 @@ def test_workers_count_and_their_time_is_not_lost_when_they_end():
     reader.close()
 
 
+def test_workers_that_come_later_have_their_share_of_the_time():
+    sampler = Sampler(interval=0.02)
+    sampler.start()
+    worker = multiprocessing.get_context("fork").Process(target=busy, daemon=True)
+    worker.start()
+    try:
+        time.sleep(1.5)
+        sampler.close()
+    finally:
+        worker.kill()
+        worker.join()
+    table = sampler.table()
+    used, seconds = (table[name][-1] - table[name][0] for name in ("worker_cpu", "worker_time"))
+    assert 1 < seconds < 10
+    assert 0.1 < used / seconds < 1.1
+
+
 def test_without_proc_psutil_tells_what_it_can():
     sampler = Sampler(interval=0.02, readers=[PsutilReader()])
     sampler.start()
