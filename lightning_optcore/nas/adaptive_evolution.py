@@ -36,6 +36,8 @@ KnownProxies = Mapping[str, Callable[[Params], float]]
 _SPREAD = 20
 # One in so many candidates is the one of the best quality, whatever it costs: the end of the front adds little volume.
 _END_OF_FRONT = 5
+# So many times the optimism of the others is its own: else a search stays with a best one that is not the best.
+_HOPE = 3.0
 # How the costs of what is not counted are expected: steps of the fit. One in so many places is for the best quality.
 _COST_STEPS, _QUALITY_SHARE = 10, 6
 # One in so many random points is cheap enough to be among the first trials.
@@ -185,7 +187,8 @@ class AdaptiveEvolution(Evolutionary):
         chosen = most_promising(bounds, reached, count, efforts)
         if learned and self._next_id % _END_OF_FRONT == 0:
             quality = learned[self._next_id // _END_OF_FRONT % len(learned)]
-            best = self._of_best_quality(bounds, quality, np.delete(bounds, learned, axis=1), reached, efforts)
+            hopes = mean - _HOPE * self.exploration * deviation
+            best = self._of_best_quality(hopes, quality, np.delete(bounds, learned, axis=1), reached, efforts)
             chosen = [best, *(i for i in chosen if i != best)][:count]
         return [int(rows[i]) for i in chosen]
 
