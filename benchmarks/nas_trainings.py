@@ -67,8 +67,8 @@ from lightning_optcore.search import hypervolume
 # A trial's architecture, accuracy, costs and file of weights, if there is one.
 Trial = Sequence[Any]
 
-# Trainings: images, epochs, images a batch. Of a trial of NNI's search, of one of ours, and of what competes.
-TRIAL_OF_NNI, TRIAL, FINAL = (6_000, 2, 64), (6_000, 1, 64), (15_000, 5, 128)
+# A training of the searches, and one of what competes: images, epochs, images a batch.
+TRIAL, FINAL = (6_000, 1, 64), (15_000, 5, 128)
 SECONDS, TRAINING_SEEDS, FINALISTS = 300.0, (0, 1), 3
 # So many points of the front are measured, and are to take at most such a part of a rival's milliseconds.
 MEASURED, FASTER = 10, 0.97
@@ -185,7 +185,7 @@ def of_nni(seed: int, seconds: float) -> list[Trial]:
     """Return the trials of NNI's RegularizedEvolution."""
     where = networks()
     trials: list[Trial] = []
-    known, train = Known(where, latency_table()), trial_training(where, Images, TRIAL_OF_NNI, seed)
+    known, train = Known(where, latency_table()), trial_training(where, Images, TRIAL, seed)
     values: dict[str, float] = {}
     end = time.process_time() + seconds
 
