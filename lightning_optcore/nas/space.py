@@ -265,6 +265,20 @@ class _Constraint:
         return self._constraint.check_contains(self._frozen.sample(architecture)) is None
 
 
+class _Heard:
+    """Leaves the choices that change no network out of an architecture."""
+
+    def __init__(self, space: Any, frozen: _Frozen) -> None:
+        self._space = space
+        self._frozen = frozen
+
+    def __call__(self, architecture: Architecture) -> Architecture:
+        from lightning_optcore.nas.mute_choices import mute_labels
+
+        mute = mute_labels(self._space, self._frozen.sample(architecture))
+        return {label: value for label, value in architecture.items() if label not in mute}
+
+
 def _of_model_space(space: Any) -> ArchitectureSpace:
     try:
         mutables = dict(space.simplify())
@@ -292,7 +306,8 @@ def _of_model_space(space: Any) -> ArchitectureSpace:
         raise ArchitectureError(f"{type(space).__name__} has no choice: nothing to search")
     frozen = _Frozen(space, samples)
     constraints = [_Constraint(label, rule, frozen) for label, rule in rules.items()]
-    return ArchitectureSpace(Space(parameters, constraints=constraints), frozen, model_space=space)
+    choices = Space(parameters, constraints=constraints)
+    return ArchitectureSpace(choices, frozen, canonical=_Heard(space, frozen), model_space=space)
 
 
 def _combinations(label: str, mutable: Any) -> list[list[Any]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_optcore.nas import search
 from lightning_optcore.nas._nni_compat import nni_nas
 from lightning_optcore.nas.space import ArchitectureError, architecture_space, factory_space
 from lightning_optcore.nas.supernet import find_supernet, supernet
@@ -155,6 +156,35 @@ def test_networks_that_are_the_same_share_a_key():
     space = ArchitectureSpace(Space({"a": "choice(1,2)", "b": "choice(1,2)"}), canonical=lambda one: dict(sorted(
         zip(one, sorted(one.values()), strict=True))))  # fmt: skip
     assert space.key({"a": 2, "b": 1}) == space.key({"a": 1, "b": 2}) != space.key({"a": 1, "b": 1})
+
+
+def test_a_choice_of_a_layer_that_is_not_built_makes_no_other_network(nas):
+    class Deep(nas.nn.ModelSpace):
+        def __init__(self):
+            super().__init__()
+            self.layers = nas.nn.Repeat(
+                lambda i: nas.nn.LayerChoice([nn.ReLU(), nn.Tanh()], label=f"kind{i}"), nas.nni.choice("depth", [1, 2])
+            )
+            shared, own = nas.nni.choice("shared", [2, 4]), nas.nni.choice("own", [1, 3])
+            hidden = nas.nn.MutableLinear(4, shared), nas.nn.MutableLinear(shared, 4), nas.nn.MutableLinear(4, own)
+            candidates = {"skip": nn.Identity(), "hidden": nn.Sequential(*hidden)}
+            self.branch = nas.nn.LayerChoice(candidates, label="branch")
+            self.width = nas.nn.MutableLinear(4, shared)
+
+    space = architecture_space(Deep())
+    one = {"depth": 1, "kind0": 0, "kind1": 0, "branch": "skip", "shared": 2, "own": 1}
+    for mute in ({"kind1": 1}, {"own": 3}, {"kind1": 1, "own": 3}):
+        assert space.key(one) == space.key(one | mute)
+    for heard in ({"depth": 2}, {"kind0": 1}, {"branch": "hidden"}, {"shared": 4}):
+        assert space.key(one) != space.key(one | heard)
+    deep = one | {"depth": 2, "branch": "hidden"}
+    assert space.key(deep) != space.key(deep | {"kind1": 1}) != space.key(deep | {"own": 3})
+    assert space.choices.size == 64
+    paid = search(
+        space, lambda architecture: {"acc": 1.0}, objectives="acc", strategy="grid", max_trials=64, show=False
+    )
+    # Twice what is shared, times two first layers alone or four of two, times what the branch has of its own.
+    assert sum(trial.evaluated for trial in paid.history) == 2 * (2 + 4) * (1 + 2)
 
 
 def test_networks_within_others_and_supernets_too(model_space):
