@@ -36,10 +36,11 @@ def mute_labels(space: nn.Module, sample: Mapping[str, Any]) -> set[str]:
     return left_out - heard
 
 
-def _visit(module: nn.Module, sample: Mapping[str, Any], heard: set[str], left_out: set[str]) -> None:
+def _visit(module: Any, sample: Mapping[str, Any], heard: set[str], left_out: set[str]) -> None:
     nas = nni_nas().nn
     heard |= _labels(module)
-    built, others = list(module.children()), []
+    built: list[Any] = list(module.children())
+    others: list[Any] = []
     # What is built of a subclass may be other layers than these.
     if type(module) is nas.Repeat:
         depth = module.depth_choice if isinstance(module.depth_choice, int) else module.depth_choice.freeze(sample)
@@ -53,6 +54,6 @@ def _visit(module: nn.Module, sample: Mapping[str, Any], heard: set[str], left_o
         left_out |= set().union(*map(_labels, one.modules()))
 
 
-def _labels(module: nn.Module) -> set[str]:
+def _labels(module: Any) -> set[str]:
     """Return the labels of a module's own choices."""
     return {label for one in getattr(module, "mutables", ()) for label in one.simplify()}
