@@ -9,9 +9,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from lightning_optcore.profiling.collector import DATA_CPU, HEAD, ON_DEVICE, STEP, TIME, UNSPLIT, Collector
+from lightning_optcore.profiling.collector import Collector
 from lightning_optcore.profiling.loader_clock import LoaderTimes
 from lightning_optcore.profiling.phases import BACKWARD, COMMUNICATION, DATA_WAIT, FORWARD, PHASES
+from lightning_optcore.profiling.slots import DATA_CPU, HEAD, ON_DEVICE, STEP, TIME, UNSPLIT
 from lightning_optcore.profiling.system_readers import TIME_OF
 
 

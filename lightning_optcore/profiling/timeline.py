@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lightning_optcore.profiling.collector import HEAD, STEP, TIME, Collector
+from lightning_optcore.profiling.collector import Collector
 from lightning_optcore.profiling.phases import PHASES
+from lightning_optcore.profiling.slots import HEAD, STEP, TIME
 from lightning_optcore.profiling.system_readers import TIME_OF
 
 _RATES = {

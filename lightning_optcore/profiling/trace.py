@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_optcore.profiling.collector import HEAD, STEP, TIME, Collector
+from lightning_optcore.profiling.collector import Collector
+from lightning_optcore.profiling.slots import HEAD, STEP, TIME
 
 # Only totals by step are kept, so the phases of a step are drawn in the order in which the loop runs them.
 _COUNTERS = {"rss": ("memory in MB", 1e-6), "memory_used": ("memory used in percent", 100.0)}

@@ -7,9 +7,10 @@ import pytest
 from lightning.pytorch.profilers import SimpleProfiler
 
 from lightning_optcore.profiling import collector as columns
-from lightning_optcore.profiling.collector import HEAD, TIME, UNSPLIT, Collector
+from lightning_optcore.profiling.collector import Collector
 from lightning_optcore.profiling.device_clock import DeviceClock
 from lightning_optcore.profiling.phases import BACKWARD, FORWARD, LOGGING, PHASES, VALIDATION, phase_of
+from lightning_optcore.profiling.slots import HEAD, TIME, UNSPLIT
 from lightning_optcore.profiling.system import Sampler
 
 FETCH = "[_TrainingEpochLoop].train_dataloader_next"
