@@ -162,7 +162,8 @@ class FakeClock:
 @pytest.fixture
 def clock(monkeypatch) -> FakeClock:
     clock = FakeClock()
-    monkeypatch.setattr("lightning_optcore.profiling.collector.perf_counter_ns", clock)
+    for module in ("collector", "spans"):
+        monkeypatch.setattr(f"lightning_optcore.profiling.{module}.perf_counter_ns", clock)
     return clock
 
 
