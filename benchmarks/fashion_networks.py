@@ -47,13 +47,14 @@ def block(inputs: int, width: int, stride: int, kind: str) -> nn.Sequential:
 
 
 def network(stem: str, width0: int, head: str, **chosen: Any) -> nn.Sequential:
-    """Return a network for images of 28 x 28: a stem, two stages of blocks, the mean of each channel and a classifier.
+    """Return a network for images of 28 x 28: a stem, two stages of blocks and a linear classifier.
 
     The layers of two architectures have the same names where they have the same place, so that weights are inherited.
 
     Args:
         stem: How it makes the image smaller: ``pool`` after its convolution, or ``stride`` of it.
         width0: Channels of the stem.
+        head: What the classifier sees of every channel: the ``average``, 3 x 3 averages (``pooled``), or all (``flat``).
         chosen: Of the stages 1 and 2 their channels (``width1``), how many blocks they have (``depth1``) and the kind
             of each (``kind1_0``).
     """
