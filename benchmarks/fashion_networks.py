@@ -28,7 +28,7 @@ Recipe = tuple[int, int, int]
 
 # So many validation images judge a trial.
 JUDGED = 2_500
-ROUNDS = 200
+ROUNDS = 1_000
 EXAMPLE = torch.zeros(1, 1, 28, 28)
 
 
@@ -54,7 +54,7 @@ def network(stem: str, width0: int, head: str, **chosen: Any) -> nn.Sequential:
     Args:
         stem: How it makes the image smaller: ``pool`` after its convolution, or ``stride`` of it.
         width0: Channels of the stem.
-        head: What the classifier sees of every channel: the ``average``, 3 x 3 averages (``pooled``), or all (``flat``).
+        head: What the classifier sees of a channel: the ``average``, 3 x 3 of these (``pooled``), or all (``flat``).
         chosen: Of the stages 1 and 2 their channels (``width1``), how many blocks they have (``depth1``) and the kind
             of each (``kind1_0``).
     """
@@ -77,9 +77,9 @@ def networks() -> nas.ArchitectureSpace:
     choices: dict[str, Any] = {
         "stem": ["pool", "stride"],
         "head": ["average", "pooled", "flat"],
-        "width0": "choice(8,12,16,24,32)",
-        "width1": "choice(12,16,24,32,48,64)",
-        "width2": "choice(16,24,32,48,64,96,128)",
+        "width0": "choice(4,6,8,12,16,24,32)",
+        "width1": "choice(4,6,8,12,16,24,32,48,64)",
+        "width2": "choice(6,8,12,16,24,32,48,64,96,128)",
     }
     conditions = {}
     for stage in (1, 2):

@@ -3,7 +3,8 @@
 Operations, bytes and parameters of a network are exact before it is trained, and its latency follows from a table; only
 its quality is learned, by the Gaussian process of :mod:`~lightning_optcore.search.surrogate`. Who is trained is chosen
 by the gain in hypervolume of the optimistic quality at the exact cost, over the front as the model smooths it, for the
-effort of its training where that is known; every fifth is the one of the greatest optimistic quality.
+effort of its training where that is known. Where there are several objectives, every fifth is the one of whose quality
+most may be hoped.
 
 What a network costs hints at its quality, and is a feature of the model. How often a value stands in an architecture is
 one (White et al., "A Study on Encodings for Neural Architecture Search", NeurIPS 2020), and so are zero-cost proxies
@@ -67,7 +68,8 @@ class AdaptiveEvolution(Evolutionary):
             costs that are expected of them; ``None`` for all. For networks that take long to build.
         pool_size: How many children are screened at a time.
         random_points: How many random points are screened with them.
-        exploration: How many standard deviations better than its mean a quality is taken to be.
+        exploration: How many standard deviations better than its mean a quality is taken to be; three times as many for
+            every fifth.
         options: What else :class:`~lightning_optcore.search.Evolutionary` takes.
 
     Raises:
@@ -185,7 +187,7 @@ class AdaptiveEvolution(Evolutionary):
         bounds = mean - self.exploration * deviation
         efforts = np.ones(len(listed)) if self.effort is None else np.array([self.effort(one) for one in listed])
         chosen = most_promising(bounds, reached, count, efforts)
-        if learned and self._next_id % _END_OF_FRONT == 0:
+        if learned and len(self.directions) > 1 and self._next_id % _END_OF_FRONT == 0:
             quality = learned[self._next_id // _END_OF_FRONT % len(learned)]
             hopes = mean - _HOPE * self.exploration * deviation
             best = self._of_best_quality(hopes, quality, np.delete(bounds, learned, axis=1), reached, efforts)
