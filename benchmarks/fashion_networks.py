@@ -28,7 +28,7 @@ Recipe = tuple[int, int, int]
 
 # So many validation images judge a trial.
 JUDGED = 2_500
-ROUNDS = 1_000
+ROUNDS = 200
 EXAMPLE = torch.zeros(1, 1, 28, 28)
 
 
@@ -77,9 +77,9 @@ def networks() -> nas.ArchitectureSpace:
     choices: dict[str, Any] = {
         "stem": ["pool", "stride"],
         "head": ["average", "pooled", "flat"],
-        "width0": "choice(4,6,8,12,16,24,32)",
-        "width1": "choice(4,6,8,12,16,24,32,48,64)",
-        "width2": "choice(6,8,12,16,24,32,48,64,96,128)",
+        "width0": "choice(8,12,16,24,32)",
+        "width1": "choice(12,16,24,32,48,64)",
+        "width2": "choice(16,24,32,48,64,96,128)",
     }
     conditions = {}
     for stage in (1, 2):

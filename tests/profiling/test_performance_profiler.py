@@ -101,7 +101,7 @@ def test_of_short_steps_not_all_are_timed_in_detail_and_the_phases_are_the_same(
         return {name: phase.share for name, phase in report.phases.items()}
 
     sampled = shares()
-    monkeypatch.setattr(collector_module, "_IN_DETAIL", bytes([1]) * len(collector_module._IN_DETAIL))
+    monkeypatch.setattr(collector_module, "IN_DETAIL", bytes([1]) * len(collector_module.IN_DETAIL))
     for name, share in shares().items():
         assert sampled[name] == pytest.approx(share, abs=0.05), name
 
