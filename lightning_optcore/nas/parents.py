@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_optcore.files import replacing
 from lightning_optcore.nas.inheritance import inherit
-from lightning_optcore.nas.space import Architecture
+from lightning_optcore.nas.space import Architecture, ArchitectureError
 from lightning_optcore.sweeps.journal import TrialRecord
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,35 @@ def with_weights_of(
         return network, None
     child = inherit(network, before)
     return child.network, Inherited(parent.number, child.share)
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """Give a network of the same architecture the weights that a trial left, and return it.
+
+    The file is read with ``weights_only=True``.
+
+    Raises:
+        ArchitectureError: If it holds none, or those of another architecture.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ArchitectureError(
+            f"weights={path}: {error.strerror}; name the {WEIGHTS_FILE} of a trial, which a search with inherit=true "
+            "leaves in its folder"
+        ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArchitectureError(f"weights={path}: does not load with weights_only=True ({reason})") from error
+    shapes = {name: getattr(one, "shape", None) for name, one in weights.items()} if isinstance(weights, dict) else {}
+    changed = sorted({str(name) for name, _ in shapes.items() ^ shapes_of(network).items()})
+    if changed:
+        raise ArchitectureError(
+            f"weights={path}: not those of this architecture, they differ in {', '.join(changed[:5])}; name the "
+            f"{WEIGHTS_FILE} in the folder of the same trial"
+        )
+    network.load_state_dict(weights)
+    return network
 
 
 def keep_weights(network: nn.Module, built: dict[str, torch.Size], directory: Path) -> bool:

@@ -96,11 +96,13 @@ def retrain(path: str | None = None, space: Any = None, module: Any = None, weig
         path: File of the architecture.
         space: Configuration of the space that it is of.
         module: Configuration of the LightningModule that takes the network.
-        weights: File of a search's supernet, whose share it begins with; ``None``: fresh weights. Statistics of batch
-            norm are the supernet's, of all its sub-networks together, until some batches were trained.
+        weights: What it begins with; ``None``: fresh weights. The ``weights.pt`` that its trial left, in a search whose
+            networks inherit. Or, with any other ending, the file of a search's supernet: its share of that. Statistics
+            of batch norm are then the supernet's, of all its sub-networks together, until some batches were trained.
 
     Raises:
-        ArchitectureError: If the file is none, or its architecture is not of this space.
+        ArchitectureError: If the file is none, its architecture is not of this space, or the weights are of another
+            one.
         SupernetError: If the weights are none, or of another space or module.
     """
     from lightning.pytorch.utilities.seed import isolate_rng
@@ -120,6 +122,10 @@ def retrain(path: str | None = None, space: Any = None, module: Any = None, weig
         ) from error
     if weights is None:
         return build(where.build(architecture))
+    if Path(weights).suffix == ".pt":
+        from lightning_optcore.nas.parents import load_weights
+
+        return build(load_weights(where.build(architecture), weights))
     from lightning_optcore.nas.supernet_file import inheriting_modules, load_supernet
 
     return inheriting_modules(load_supernet(weights), where, build)(architecture)

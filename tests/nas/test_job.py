@@ -149,6 +149,18 @@ def test_trials_begin_with_the_weights_of_a_parent(optcore, tmp_path):
     assert [note["trial"] for note in notes[1:]] == [0, 1]
     assert all(0 < note["share"] <= 1 for note in notes[1:])
     assert len(list((tmp_path / "outputs").rglob("weights.pt"))) == len(trials) == 3
+    point = next((tmp_path / "outputs").rglob("front/*.json"))
+    weights = point.parent.parent / point.stem.removeprefix("trial-") / "weights.pt"
+    for given in ([f"model.weights={weights}"], []):
+        # Steps that change nothing: it is as good as what it begins with.
+        done = optcore(
+            "train", "model=architecture", f"model.path={point}", *given, "nas/space@model.space=mlp",
+            "model.space.width='choice(16,32)'", "model.module.lr=1e-9", *SMALL,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    with Store(tmp_path / "outputs" / "optcore.db") as store:
+        trained_on, anew = (run.objectives["val/acc"] for run in sorted(store.runs(), key=lambda run: run.id)[-2:])
+    assert trained_on == json.loads(point.read_text())["objectives"]["val/acc"] > anew
 
 
 CELLS = ("nas/space=cnn_cell", "nas.space.widths=[4,8]", "nas.space.num_stages=1", "nas.space.num_nodes=2")

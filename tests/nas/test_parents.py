@@ -16,9 +16,10 @@ from torch import nn
 from lightning_optcore.callbacks import KnowledgeDistillation, PostTrainingQuantization, StructuredPruning
 from lightning_optcore.data import Digits
 from lightning_optcore.models import Classifier
-from lightning_optcore.nas import LightningEvaluator, SearchResult, factory_space, search
+from lightning_optcore.nas import LightningEvaluator, SearchResult, factory_space, retrain, save_architecture, search
 from lightning_optcore.nas.evaluator import EvaluationError
-from lightning_optcore.nas.parents import WEIGHTS_FILE, parent_of
+from lightning_optcore.nas.parents import WEIGHTS_FILE, keep_weights, parent_of, shapes_of
+from lightning_optcore.nas.space import ArchitectureError
 from lightning_optcore.search import Grid
 from lightning_optcore.search.searcher import Candidate
 from lightning_optcore.store import Store
@@ -37,6 +38,7 @@ def net(width, side=3):
     )
 
 
+WIDE = {"depth": 1, "width_1": 32, "activation": "relu"}
 SPACE = factory_space(net, {"width": "choice(16,20,24)", "side": "choice(3,5)"})
 
 
@@ -282,3 +284,36 @@ def test_the_weights_are_those_of_the_trained_network(tmp_path):
     accuracy = (network.eval()(images).argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(found.history[0].objectives["val/acc"])
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_trial_is_trained_on_from_its_weights(tmp_path):
+    where = {"_target_": "lightning_optcore.nas.spaces.mlp", "width": "choice(16,32)"}
+    options = {
+        "path": str(save_architecture(tmp_path / "one.json", WIDE)),
+        "space": where,
+        "module": {"_target_": "lightning_optcore.models.Classifier", "_partial_": True},
+    }
+    left = retrain(**options).network
+    assert keep_weights(left, shapes_of(left), tmp_path)
+    weights = str(tmp_path / WEIGHTS_FILE)
+    images = torch.rand(4, 1, 8, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        again = retrain(**options, weights=weights)
+        anew = retrain(**options)
+    torch.testing.assert_close(again(images), left(images))
+    assert not torch.allclose(anew(images), left(images))
+
+    other = {**options, "path": str(save_architecture(tmp_path / "other.json", {**WIDE, "width_1": 16}))}
+    with pytest.raises(ArchitectureError, match=r"not those of this architecture, they differ in .*weight"):
+        retrain(**other, weights=weights)
+    with pytest.raises(
+        ArchitectureError, match=r"none\.pt: No such file or directory; name the weights\.pt of a trial"
+    ):
+        retrain(**options, weights=str(tmp_path / "none.pt"))
+    (tmp_path / "damaged.pt").write_bytes(b"no weights")
+    with pytest.raises(ArchitectureError, match="does not load with weights_only=True"):
+        retrain(**options, weights=str(tmp_path / "damaged.pt"))
+    torch.save([1, 2], tmp_path / "others.pt")
+    with pytest.raises(ArchitectureError, match="not those of this architecture"):
+        retrain(**options, weights=str(tmp_path / "others.pt"))
