@@ -34,6 +34,7 @@ from lightning_optcore.nas.inherited_evaluation import InheritedEvaluation
 from lightning_optcore.nas.latency_table import LatencyTable
 from lightning_optcore.nas.loop import search
 from lightning_optcore.nas.one_shot import one_shot_of
+from lightning_optcore.nas.parents import WEIGHTS_FILE
 from lightning_optcore.nas.result import ArchitectureTrial, SearchResult
 from lightning_optcore.nas.retraining import configured_space, save_architecture
 from lightning_optcore.nas.supernet_file import SUPERNET_FILE, load_supernet
@@ -229,6 +230,7 @@ def _write_front(
     for trial in found.front:
         path = folder / f"trial-{trial.number}.json"
         commands[trial.number] = f"{_PROGRAM} {shlex.join(overrides(path))}"
+        weights = Path(str(trial.directory)) / WEIGHTS_FILE
         save_architecture(
             path,
             trial.architecture,
@@ -237,6 +239,7 @@ def _write_front(
             trial=trial.number,
             space=space,
             command=commands[trial.number],
+            **({"weights": str(weights)} if weights.is_file() else {}),
         )
     return commands
 

@@ -412,6 +412,7 @@ class _Search:
             origin=record.candidate.origin,
             evaluated=record.cached_from is None and not _was_rejected(record),
             exceeds=record.violation > 0,
+            directory=record.directory,
         )
 
 

@@ -22,6 +22,7 @@ class ArchitectureTrial:
         evaluated: Whether it was paid for: one over a limit that is known before is not, nor one that builds the same
             network as an earlier one.
         exceeds: Whether it is over a limit.
+        directory: Its folder. One that was begun anew has another number there than here.
     """
 
     number: int
@@ -31,6 +32,7 @@ class ArchitectureTrial:
     origin: str = ""
     evaluated: bool = True
     exceeds: bool = False
+    directory: str | None = None
 
 
 @dataclass(frozen=True)
