@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import torch
 import warm
 
 from lightning_optcore.jobs.nas import retraining_overrides
@@ -213,7 +214,14 @@ def test_what_is_learned_trains_again_as_it_did(optcore, tmp_path):
 
 
 def test_killed_it_continues_by_the_same_command(optcore, tmp_path):
-    arguments = ("nas", "nas.max_trials=5", "nas/strategy=random", "objective=[val/acc]", *SMALL)
+    arguments = (
+        "nas",
+        "nas.max_trials=5",
+        "nas/strategy=random",
+        "nas.inherit=true",
+        "objective=[val/acc,params]",
+        *SMALL,
+    )
     command = [sys.executable, "-m", "lightning_optcore.cli", *arguments]
     with warm.Running(command, cwd=tmp_path, start_new_session=True) as process:
         deadline = time.monotonic() + 200
@@ -232,6 +240,11 @@ def test_killed_it_continues_by_the_same_command(optcore, tmp_path):
     kept = [one for one in before if one.ended]
     assert first[1][: len(kept)] == kept
     assert len(first[1]) == 5
+    for point in (tmp_path / "outputs").rglob("front/*.json"):
+        content = json.loads(point.read_text())
+        weights = torch.load(content["weights"], weights_only=True)
+        params = sum(one.numel() for one in weights.values())
+        assert params == content["objectives"]["params"]
     refused = optcore(*arguments, "nas.space.width='choice(16,32)'", f"nas.resume={sweep.id}")
     message = f"search {sweep.id} cannot be continued, its space has changed: width_1: was choice(16,32,64"
     assert message in refused.stderr
