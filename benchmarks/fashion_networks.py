@@ -240,8 +240,9 @@ def trained(
 
 
 def measured(nets: Mapping[str, Architecture | None]) -> dict[str, dict[str, float]]:
-    """Return milliseconds, measured in turns, and bytes of some networks by name."""
+    """Return milliseconds, measured in turns, and bytes of some networks by name; equal ones are measured as one."""
     where = networks()
-    built = {name: CNN() if one is None else where.build(one) for name, one in nets.items()}
+    keys = {name: "CNN" if one is None else where.key(one) for name, one in nets.items()}
+    built = {keys[name]: CNN() if one is None else where.build(one) for name, one in nets.items()}
     costs = measure_alternatives(built, EXAMPLE, batch_sizes=(1,), rounds=ROUNDS)
-    return {name: {"ms": one.latency_ms[1].p50, "bytes": one.size_bytes} for name, one in costs.items()}
+    return {name: {"ms": costs[key].latency_ms[1].p50, "bytes": costs[key].size_bytes} for name, key in keys.items()}

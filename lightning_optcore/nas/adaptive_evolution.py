@@ -24,7 +24,7 @@ import numpy as np
 
 from lightning_optcore.search.evolutionary import Evolutionary
 from lightning_optcore.search.pareto import non_dominated
-from lightning_optcore.search.searcher import Candidate, Direction, SearchError
+from lightning_optcore.search.searcher import Candidate, Direction, Proposal, SearchError, Trial
 from lightning_optcore.search.space import Choice, Params, Space, key_of
 from lightning_optcore.search.surrogate import Surrogate, most_promising, promise
 
@@ -33,6 +33,7 @@ Proxies = Callable[[Params], Sequence[float]]
 Effort = Callable[[Params], float]
 KnownProxies = Mapping[str, Callable[[Params], float]]
 
+_TRAINED_ON = "trained on"
 # Of so many random points for each one that is needed, the first trials are those that differ most.
 _SPREAD = 20
 # One in so many candidates is the one of the best quality, whatever it costs: the end of the front adds little volume.
@@ -41,6 +42,8 @@ _END_OF_FRONT = 5
 _HOPE = 3.0
 # How the costs of what is not counted are expected: steps of the fit. One in so many places is for the best quality.
 _COST_STEPS, _QUALITY_SHARE = 10, 6
+# So many times as far from the best as what is worth nothing, qualities are told apart.
+_FAR_BELOW = 2.0
 # One in so many random points is cheap enough to be among the first trials.
 _CHEAP = 3
 # Where hypervolume ends, of costs that are scaled to 0..1.
@@ -64,6 +67,9 @@ class AdaptiveEvolution(Evolutionary):
         effort: Returns, of a point, what its training costs, in any unit above 0: the gain is divided by it.
         worst: Of every objective the value that is worth nothing, e.g. what the network costs that is to be replaced;
             ``None`` where that follows from the trials. What is known to cost more is not tried.
+        train_on: One in so many candidates is an architecture of the front again, that whose last training is longest
+            ago, and continues from its weights; ``None`` or 0: none is. For an evaluation that inherits weights, where
+            an early trial has less training behind it than a late one; for such a one ``search`` offers it.
         counted: At most so many children have their costs computed for a candidate, those that promise most at the
             costs that are expected of them; ``None`` for all. For networks that take long to build.
         pool_size: How many children are screened at a time.
@@ -101,6 +107,7 @@ class AdaptiveEvolution(Evolutionary):
         known_proxies: KnownProxies | None = None,
         effort: Effort | None = None,
         worst: Sequence[float | None] | None = None,
+        train_on: int | None = None,
         counted: int | None = None,
         pool_size: int = 200,
         random_points: int = 200,
@@ -116,12 +123,16 @@ class AdaptiveEvolution(Evolutionary):
             raise SearchError(f"random_points={random_points}: expected 0 or more")
         if counted is not None and counted < 1:
             raise SearchError(f"counted={counted}: expected at least 1, or None for all")
+        if train_on is not None and (train_on < 0 or train_on == 1):
+            raise SearchError(f"train_on={train_on}: expected at least 2, or 0 for no architecture again")
         if worst is not None and len(worst) != len(directions):
             raise SearchError(f"worst={list(worst)}: expected a value or None for each of {len(directions)} objectives")
         self.known_costs = known_costs
         self.proxies = _computed(proxies, known_proxies or {})
         self.effort = effort
         self.counted = counted
+        self.train_on = train_on
+        self.continues = bool(train_on)
         self.worst = (
             None if worst is None else self._signs * np.array([np.nan if one is None else one for one in worst])
         )
@@ -129,8 +140,9 @@ class AdaptiveEvolution(Evolutionary):
         self._known_by_key: dict[str, dict[int, float]] = {}
         self._proxies_by_key: dict[str, list[float]] = {}
         self._counted = _counted(space)
-        # What the ask that is running drew so far.
+        # What the ask that is running drew so far, and the keys of what it trains on.
         self._drawn: list[Params] = []
+        self._again: list[str] = []
 
     def ask(self, n: int = 1) -> list[Candidate]:
         """Return up to ``n`` candidates; fewer, or none, where the searcher is at its end.
@@ -138,8 +150,46 @@ class AdaptiveEvolution(Evolutionary):
         Raises:
             SearchError: If ``n`` is not positive, or what was given to compute costs returned something else.
         """
-        self._drawn = []
+        self._drawn, self._again = [], []
         return super().ask(n)
+
+    def _propose(self, n: int) -> list[Proposal]:
+        again = self._to_train_on()
+        if again is None:
+            return list(super()._propose(n))
+        self._again.append(key_of(again.params))
+        return [(again.params, _TRAINED_ON, again.candidate.id)]
+
+    def _to_train_on(self) -> Trial | None:
+        """Return, if it is time, the newest trial of that architecture on the front which was trained longest ago."""
+        if not self.train_on or self._next_id < self.initial_trials:
+            return None
+        waiting = [one for one in self._pending.values() if one.origin == _TRAINED_ON]
+        done = sum(trial.candidate.origin == _TRAINED_ON for trial in self.trials)
+        if (done + len(waiting) + len(self._again)) * self.train_on > self._next_id - self.initial_trials:
+            return None
+        busy = {*self._again, *(key_of(one.params) for one in waiting)}
+        front = {key_of(self.trials[i].params) for i in self._front if self._is_worth_something(self.trials[i])}
+        # A training on that failed is one as well: else it would be tried for ever.
+        last = {key_of(trial.params): trial.candidate.id for trial in self.trials}
+        chosen = min(front - busy, key=last.__getitem__, default=None)
+        return None if chosen is None else self._newest()[chosen]
+
+    def _learn(self, trial: Trial) -> None:
+        if trial.candidate.origin != _TRAINED_ON:
+            super()._learn(trial)
+        elif trial.objectives is not None:
+            # It takes the place of what it was; how children are made has no part in it.
+            key, index = key_of(trial.params), len(self.trials) - 1
+            self._population = [index if key_of(self.trials[i].params) == key else i for i in self._population]
+
+    def _newest(self) -> dict[str, Trial]:
+        """Return the newest trial of each architecture that has one which counts, by its key."""
+        good = [trial for trial in self.trials if trial.objectives is not None and not trial.violation]
+        return {key_of(trial.params): trial for trial in sorted(good, key=lambda trial: trial.candidate.id)}
+
+    def _is_worth_something(self, trial: Trial) -> bool:
+        return self.worst is None or not bool((self.costs_of(trial) >= self.worst).any())
 
     def _new_point(self) -> Params | None:
         """Return, of some random points, the one that is least like all that were asked for."""
@@ -236,8 +286,9 @@ class AdaptiveEvolution(Evolutionary):
         All are costs from 0 to what is worth nothing, 1.1. The fourth are the objectives that were learned. The known
         costs of the others are counted, if they are not said.
         """
-        good = [trial for trial in self.trials if trial.objectives is not None and not trial.violation]
-        bad = [trial.params for trial in self.trials if trial.objectives is None or trial.violation]
+        newest = self._newest()
+        good = list(newest.values())
+        bad = [trial.params for trial in self.trials if key_of(trial.params) not in newest]
         points = [*(trial.params for trial in good), *waiting, *bad, *listed]
         costs = np.array([self.costs_of(trial) for trial in good])
         known = sorted(next((one for trial in good if (one := self._known(trial.params))), {}))
@@ -248,14 +299,17 @@ class AdaptiveEvolution(Evolutionary):
         low, high = _scale(costs)
         if known:
             low[known], high[known] = exact.min(0), np.maximum(exact.max(0), exact.min(0) + 1e-12)
-
+        if self.worst is not None:
+            high = np.fmax(high, self.worst)
         mean, deviation = np.zeros((2, len(points), costs.shape[1]))
         mean[:, known] = (exact - low[known]) / (high - low)[known]
         learned = [j for j in range(costs.shape[1]) if j not in known]
         if learned:
-            # What failed is as bad as the worst that counts.
-            units = np.clip((costs - low) / (high - low), 0.0, 1.0)[:, learned]
-            units = np.vstack([units, np.ones((len(bad), len(learned)))])
+            # What failed is as bad as the worst that counts. Where it is said what is worth nothing, what is far below
+            # that is to be learned as far below: taken for just below, optimism makes it worth a training.
+            clip = 1.0 if self.worst is None else _FAR_BELOW
+            units = np.clip((costs - low) / (high - low), 0.0, clip)[:, learned]
+            units = np.vstack([units, np.full((len(bad), len(learned)), clip)])
             features = np.hstack([self._features(points, proxies=True), _spread(exact)])
             groups = self._groups_of_features(proxies=True, costs=len(known))
             first_bad = len(good) + len(waiting)

@@ -102,7 +102,7 @@ class LightningEvaluator:
         self._test = test
         self._measure = dict(measure or {})
         self._latency = latency
-        self._inherit = inherit
+        self.inherits = inherit
         self._called: tuple[str, Any] | None = None
         self._compresses: bool | None = None
         self._proxies = ModuleProxies(self._fresh, data, seed)
@@ -123,10 +123,10 @@ class LightningEvaluator:
         def build() -> LightningModule:
             network, inherited = self._network(architecture)
             given.update(network=network, shapes=shapes_of(network))
-            if self._inherit:
+            if self.inherits:
                 noted["inherited"] = None if inherited is None else asdict(inherited)
             model = self.module(network)
-            if self._inherit and not any(one is network for one in model.modules()):
+            if self.inherits and not any(one is network for one in model.modules()):
                 raise EvaluationError(
                     f"inherit=True: {type(model).__name__} does not hold the network that it was given, so that its "
                     "weights are not known after the fit; assign the network itself, not a copy"
@@ -136,7 +136,7 @@ class LightningEvaluator:
         def fit(trainer: Trainer, model: LightningModule, data: LightningDataModule) -> None:
             trainer.fit(model, datamodule=data)
             directory = trial_directory()
-            if self._inherit and directory is not None and trainer.is_global_zero:
+            if self.inherits and directory is not None and trainer.is_global_zero:
                 keep_weights(given["network"], given["shapes"], directory)
 
         return self.evaluated(architecture, build, fit, noted=noted)
@@ -254,7 +254,7 @@ class LightningEvaluator:
     def _network(self, architecture: Architecture) -> tuple[nn.Module, Inherited | None]:
         """Return the network of an architecture, and what it begins with."""
         network, trial = self.space.build(architecture), current_trial()
-        if not self._inherit or trial is None:
+        if not self.inherits or trial is None:
             return network, None
         sweep_id, number, store = trial
         journal = open_journal(store)

@@ -138,6 +138,12 @@ def search(
     strategy, evaluate, prepare = planned(strategy, evaluate)
     offered = {**offered_by(evaluate, list(directions)), **offered}
     searcher = searcher_of(strategy, where.choices, list(directions.values()), seed=seed, initial=initial, **offered)
+    if searcher.continues and not getattr(evaluate, "inherits", False):
+        raise SearchError(
+            f"strategy: {type(searcher).__name__} trains architectures on from the weights of earlier trials, which "
+            "the evaluation does not inherit; use LightningEvaluator(..., inherit=True), in Hydra nas.inherit=true, or "
+            "leave out train_on"
+        )
     with ExitStack() as stack:
         target = _store_of(store, stack)
         journal = stack.enter_context(held_journal(target))
@@ -268,7 +274,7 @@ class _Search:
         paid: dict[str, TrialRecord] = {}
         for record in batch:
             key = self._key(record.candidate.params)
-            if key in self._known or key in paid:
+            if key in paid or (key in self._known and record.candidate.parent is None):
                 continue
             excess = self._limits.excess(record.candidate.params)
             if excess:
@@ -283,7 +289,7 @@ class _Search:
                 self._known.setdefault(self._key(record.candidate.params), record)
                 continue
             known = self._known.get(self._key(record.candidate.params))
-            if known is None:
+            if known is None or record.number in tasks:
                 failure = failures.get(record.number, "the process ended without a result")
                 self._journal.end_trial(record, None, failure=failure)
                 continue

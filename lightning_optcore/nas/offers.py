@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 # What of the yardstick is counted before a training; a latency is only predicted.
 COSTS = ("params", "size_bytes", "flops")
+# One in so many candidates is trained on where weights are inherited.
+_TRAIN_ON = 3
 
 
 def offered_by(evaluate: Any, objectives: Sequence[str]) -> dict[str, Any]:
@@ -21,7 +23,8 @@ def offered_by(evaluate: Any, objectives: Sequence[str]) -> dict[str, Any]:
     Args:
         evaluate: With a method ``estimate(architecture)`` it offers ``known_costs``, which has those of ``params``,
             ``size_bytes`` and ``flops`` that are objectives; with ``proxies``, functions of an architecture by name,
-            it offers ``known_proxies``.
+            it offers ``known_proxies``. One whose ``inherits`` is true lets a network begin with the weights of its
+            candidate's parent: it offers ``train_on``.
         objectives: Their names, in order.
 
     Example:
@@ -38,6 +41,8 @@ def offered_by(evaluate: Any, objectives: Sequence[str]) -> dict[str, Any]:
         offered["known_costs"] = partial(_known_costs, evaluate.estimate, tuple(objectives))
     if getattr(evaluate, "proxies", None):
         offered["known_proxies"] = evaluate.proxies
+    if getattr(evaluate, "inherits", False):
+        offered["train_on"] = _TRAIN_ON
     return offered
 
 

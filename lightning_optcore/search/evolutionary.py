@@ -24,7 +24,7 @@ from lightning_optcore.search.operators import (
     UniformCrossover,
 )
 from lightning_optcore.search.pareto import survivors
-from lightning_optcore.search.searcher import Direction, Searcher, SearchError, Trial
+from lightning_optcore.search.searcher import Direction, Proposal, Searcher, SearchError, Trial
 from lightning_optcore.search.space import Params, Space, key_of
 
 # What a limit that is exceeded weighs against every cost: whoever keeps the limits comes first (Deb's rule).
@@ -135,7 +135,7 @@ class Evolutionary(Searcher):
         """The trials that are bred from."""
         return [self.trials[i] for i in self._population]
 
-    def _propose(self, n: int) -> list[tuple[Params, str]]:
+    def _propose(self, n: int) -> Sequence[Proposal]:
         taken = self._taken(n)
         if not taken and len(self._seen) >= self.initial_trials and len(self._population) > 1:
             # With many trials a fit costs more than one of them can change it: it then serves for several.

@@ -197,6 +197,113 @@ def test_what_is_known_to_be_worth_nothing_is_not_tried():
     assert max(costs_of(worst=[10, 40])) <= 40
 
 
+def test_a_quality_that_is_worth_nothing_is_seen_to_be():
+    """The cheapest are far below it: a model that takes them for hardly below goes on trying them."""
+    space = Space({"cheap": "no,a,b,c,d,e", **{f"width{i}": "choice(1,2,3,4,5,6)" for i in range(3)}})
+
+    def cost(params):
+        return sum(params[f"width{i}"] for i in range(3)) / (1 if params["cheap"] == "no" else 20)
+
+    def quality(params):
+        return sum(params[f"width{i}"] ** 0.5 * (1 + 0.1 * i) for i in range(3)) - 20 * (params["cheap"] != "no")
+
+    for seed in range(3):
+        searcher = AdaptiveEvolution(
+            space, DIRECTIONS, seed=seed, known_costs=lambda params: {1: cost(params)}, worst=[2.0, 19.0]
+        )
+        run(searcher, lambda params: [quality(params), cost(params)], 60)
+        # Without that limit to what is learned it is 12 to 16 of 40.
+        assert sum(trial.params["cheap"] != "no" for trial in searcher.trials[20:]) <= 2
+
+
+class Trained:
+    """A quality that grows with the trainings of an architecture and of the parents that it names."""
+
+    def __init__(self):
+        self.before = {}
+
+    def __call__(self, candidate):
+        times = self.before[candidate.id] = 1 + self.before.get(candidate.parent, 0)
+        return [layers_quality(candidate.params) * (1 - 0.5**times), layers_cost(candidate.params)]
+
+
+def train_on(trials=60, **arguments):
+    searcher = AdaptiveEvolution(
+        layers_space(),
+        DIRECTIONS,
+        known_costs=lambda params: {1: layers_cost(params)},
+        **{"train_on": 3, **arguments},
+    )
+    trained = Trained()
+    for _ in range(trials):
+        (candidate,) = searcher.ask()
+        searcher.tell(candidate, trained(candidate))
+    return searcher
+
+
+def test_one_in_three_of_the_front_is_trained_on_the_longest_ago_first():
+    searcher = train_on(trials=10)
+    trained = Trained()
+    for trial in searcher.trials:
+        trained(trial.candidate)
+    again = 0
+    for _ in range(50):
+        front = {json.dumps(trial.params) for trial in searcher.pareto_front()}
+        (candidate,) = searcher.ask()
+        if candidate.parent is not None:
+            again += 1
+            newest = {json.dumps(trial.params): trial.candidate.id for trial in searcher.trials}
+            assert candidate.origin == "trained on"
+            assert newest[json.dumps(candidate.params)] == candidate.parent == min(newest[key] for key in front)
+        else:
+            assert all(trial.params != candidate.params for trial in searcher.trials)
+        searcher.tell(candidate, trained(candidate))
+    assert again == 17
+    assert max(trained.before.values()) > 2
+    population = [json.dumps(trial.params) for trial in searcher.population]
+    assert len(population) == len(set(population))
+
+
+def test_restored_it_trains_the_same_on():
+    searcher = train_on(trials=30)
+    other = AdaptiveEvolution(
+        layers_space(), DIRECTIONS, known_costs=lambda params: {1: layers_cost(params)}, train_on=3
+    )
+    other.load_state_dict(json.loads(json.dumps(searcher.state_dict())))
+    for _ in range(9):
+        (candidate,) = searcher.ask()
+        assert other.ask() == [candidate]
+        for one in (searcher, other):
+            one.tell(candidate, [layers_quality(candidate.params), layers_cost(candidate.params)])
+    assert sum(trial.candidate.origin == "trained on" for trial in other.trials[30:]) == 3
+
+
+def test_what_is_worth_nothing_is_not_trained_on():
+    def least(**arguments):
+        return min(trial.objectives[0] for trial in train_on(**arguments).trials if trial.candidate.parent is not None)
+
+    assert least() < 10
+    assert least(worst=[10.0, None]) > 10
+
+
+def test_of_several_at_once_none_is_trained_on_twice_and_a_failure_is_no_parent():
+    searcher = train_on(trials=30)
+    numbers = []
+    for _ in range(6):
+        candidates = searcher.ask(6)
+        again = [candidate for candidate in candidates if candidate.parent is not None]
+        assert len({json.dumps(one.params) for one in again}) == len(again)
+        numbers.append(len(again))
+        for candidate in candidates:
+            assert candidate.parent is None or searcher.trials[candidate.parent].objectives is not None
+            if candidate.parent is None:
+                searcher.tell(candidate, [layers_quality(candidate.params), layers_cost(candidate.params)])
+            else:
+                searcher.tell(candidate, failure="the loss is nan")
+    assert numbers[1:] == [2] * 5
+    assert len({json.dumps(one.params) for one in searcher.trials[30:] if one.failure}) > 5
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_what_costs_too_much_is_not_tried_even_where_nothing_adds_to_the_front(seed):
     space = Space({f"width{i}": "choice(1,2,4,8,16,32,64,128)" for i in range(4)})
@@ -248,6 +355,9 @@ def test_wrong_use_says_what_would_be_right():
     space = layers_space()
     with pytest.raises(SearchError, match="counted=0: expected at least 1, or None"):
         AdaptiveEvolution(space, counted=0)
+    for wrong in (1, -3):
+        with pytest.raises(SearchError, match=f"train_on={wrong}: expected at least 2, or 0"):
+            AdaptiveEvolution(space, train_on=wrong)
     with pytest.raises(SearchError, match=r"worst=\[1\]: expected a value or None for each of 2 objectives"):
         AdaptiveEvolution(space, DIRECTIONS, worst=[1])
     with pytest.raises(SearchError, match=r"surrogate=False: .*Evolutionary"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,10 +15,10 @@ import pytest
 import warm
 
 from lightning_optcore.executor import LocalExecutor
-from lightning_optcore.nas import search
+from lightning_optcore.nas import AdaptiveEvolution, search
 from lightning_optcore.nas.space import ArchitectureSpace
 from lightning_optcore.nas.strategies import STRATEGIES
-from lightning_optcore.search import Random, SearchError, Space
+from lightning_optcore.search import Grid, Random, SearchError, Space
 from lightning_optcore.store import Store
 from lightning_optcore.sweeps.journal import Journal, SweepError
 from lightning_optcore.sweeps.task import current_trial
@@ -200,6 +201,78 @@ def test_networks_that_are_the_same_are_paid_once():
     assert len(found.history) == 12
     assert sum(trial.evaluated for trial in found.history) == 4
     assert all(trial.objectives["flops"] == 10 * trial.architecture["a"] for trial in found.history)
+
+
+class Again(Grid):
+    """Every second candidate is the one before it again, trained on."""
+
+    continues = True
+
+    @property
+    def done(self):
+        return super().done and not self._next_id % 2
+
+    def _propose(self, n):
+        if self._next_id % 2:
+            return [(self.trials[-1].params, "trained on", self.trials[-1].candidate.id)]
+        return super()._propose(1)
+
+
+class Inheriting:
+    """Counts the trainings of an architecture; the second one of some ends badly."""
+
+    inherits = True
+
+    def __init__(self):
+        self.paid = []
+
+    def __call__(self, one):
+        times = self.paid.count(one["a"])
+        self.paid.append(one["a"])
+        if times and one["a"] == 2:
+            raise RuntimeError("the loss is nan")
+        return {"acc": one["a"] + 0.1 * times, "flops": one["a"]}
+
+
+def test_what_is_trained_on_is_evaluated_again_and_counts():
+    evaluate = Inheriting()
+    found = quick(evaluate, space={"a": [1, 2, 3, 4]}, strategy=Again, max_trials=8)
+    assert sorted(evaluate.paid) == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [trial.evaluated for trial in found.history] == [True] * 8
+    for first, again in zip(found.history[::2], found.history[1::2], strict=True):
+        assert first.architecture == again.architecture
+        if first.architecture["a"] == 2:
+            # It has not the result of the first: it has none.
+            assert (again.objectives, again.failure) == ({}, "RuntimeError: the loss is nan")
+        else:
+            assert again.objectives["acc"] == first.objectives["acc"] + 0.1
+    assert sorted(trial.objectives["acc"] for trial in found.front) == [1.1, 2.0, 3.1, 4.1]
+
+
+def test_interrupted_it_is_trained_on_once(tmp_path):
+    class Interrupted(Inheriting):
+        def __call__(self, one):
+            if len(self.paid) == 3 and not (tmp_path / "begun").exists():
+                (tmp_path / "begun").touch()
+                raise KeyboardInterrupt
+            return super().__call__(one)
+
+    evaluate = Interrupted()
+    options = {"space": {"a": [1, 3, 4]}, "strategy": Again, "max_trials": 6, "store": tmp_path / "optcore.db"}
+    with pytest.raises(KeyboardInterrupt):
+        quick(evaluate, **options)
+    found = quick(evaluate, **options)
+    assert found.sweep_id == 1
+    assert sorted(evaluate.paid) == [1, 1, 3, 3, 4, 4]
+    assert [trial.evaluated for trial in found.history] == [True] * 6
+
+
+def test_training_on_is_refused_where_no_weights_are_inherited():
+    message = r"AdaptiveEvolution trains architectures on .*inherit=True\), .*nas.inherit=true, or leave out train_on"
+    with pytest.raises(SearchError, match=message):
+        quick(lambda one: pytest.fail("evaluated"), strategy=partial(AdaptiveEvolution, train_on=3))
+    found = quick(strategy=partial(AdaptiveEvolution, train_on=0))
+    assert len(found.history) == len({json.dumps(trial.architecture) for trial in found.history})
 
 
 def test_a_trial_finds_its_place_in_the_store(tmp_path):

@@ -16,7 +16,15 @@ from torch import nn
 from lightning_optcore.callbacks import KnowledgeDistillation, PostTrainingQuantization, StructuredPruning
 from lightning_optcore.data import Digits
 from lightning_optcore.models import Classifier
-from lightning_optcore.nas import LightningEvaluator, SearchResult, factory_space, retrain, save_architecture, search
+from lightning_optcore.nas import (
+    AdaptiveEvolution,
+    LightningEvaluator,
+    SearchResult,
+    factory_space,
+    retrain,
+    save_architecture,
+    search,
+)
 from lightning_optcore.nas.evaluator import EvaluationError
 from lightning_optcore.nas.parents import WEIGHTS_FILE, keep_weights, parent_of, shapes_of
 from lightning_optcore.nas.space import ArchitectureError
@@ -284,6 +292,23 @@ def test_the_weights_are_those_of_the_trained_network(tmp_path):
     accuracy = (network.eval()(images).argmax(1) == labels).float().mean().item()
     assert accuracy == pytest.approx(found.history[0].objectives["val/acc"])
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_adaptive_evolution_trains_the_front_on_where_weights_are_inherited(tmp_path):
+    strategy = partial(AdaptiveEvolution, initial_trials=3)
+    found = searched(tmp_path, strategy=strategy, trials=7, objectives=["val/acc", "params"])
+    again = [trial for trial in found.history if trial.origin == "trained on"]
+    assert len(again) == 2
+    noted = notes(tmp_path)
+    for trial in again:
+        parent = found.history[noted[trial.number]["trial"]]
+        assert noted[trial.number]["share"] == 1.0
+        assert parent.architecture == trial.architecture
+        assert trial.objectives["val/acc"] > parent.objectives["val/acc"]
+    never = searched(
+        tmp_path / "never", strategy=partial(strategy, train_on=0), trials=5, objectives=["val/acc", "params"]
+    )
+    assert not [trial for trial in never.history if trial.origin == "trained on"]
 
 
 def test_a_trial_is_trained_on_from_its_weights(tmp_path):
