@@ -307,9 +307,10 @@ class AdaptiveEvolution(Evolutionary):
         if learned:
             # What failed is as bad as the worst that counts. Where it is said what is worth nothing, what is far below
             # that is to be learned as far below: taken for just below, optimism makes it worth a training.
-            clip = 1.0 if self.worst is None else _FAR_BELOW
-            units = np.clip((costs - low) / (high - low), 0.0, clip)[:, learned]
-            units = np.vstack([units, np.full((len(bad), len(learned)), clip)])
+            said = np.zeros(len(high), bool) if self.worst is None else ~np.isnan(self.worst)
+            last = np.where(said, _FAR_BELOW, 1.0)
+            units = np.clip((costs - low) / (high - low), 0.0, last)
+            units = np.vstack([units, np.tile(last, (len(bad), 1))])[:, learned]
             features = np.hstack([self._features(points, proxies=True), _spread(exact)])
             groups = self._groups_of_features(proxies=True, costs=len(known))
             first_bad = len(good) + len(waiting)
