@@ -229,8 +229,9 @@ def _write_front(
     commands = {}
     for trial in found.front:
         path = folder / f"trial-{trial.number}.json"
-        commands[trial.number] = f"{_PROGRAM} {shlex.join(overrides(path))}"
         weights = Path(str(trial.directory)) / WEIGHTS_FILE
+        begins_with = [override_text("model.weights", str(weights))] if weights.is_file() else []
+        commands[trial.number] = f"{_PROGRAM} {shlex.join([*overrides(path), *begins_with])}"
         save_architecture(
             path,
             trial.architecture,

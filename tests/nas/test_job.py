@@ -152,12 +152,11 @@ def test_trials_begin_with_the_weights_of_a_parent(optcore, tmp_path):
     assert len(list((tmp_path / "outputs").rglob("weights.pt"))) == len(trials) == 3
     point = next((tmp_path / "outputs").rglob("front/*.json"))
     weights = json.loads(point.read_text())["weights"]
-    for given in ([f"model.weights={weights}"], []):
+    command = shlex.split(json.loads(point.read_text())["command"])[1:]
+    assert f"model.weights={weights}" in command
+    for given in (command, [one for one in command if not one.startswith("model.weights")]):
         # Steps that change nothing: it is as good as what it begins with.
-        done = optcore(
-            "train", "model=architecture", f"model.path={point}", *given, "nas/space@model.space=mlp",
-            "model.space.width='choice(16,32)'", "model.module.lr=1e-9", *SMALL,
-        )  # fmt: skip
+        done = optcore(*given, "model.module.lr=1e-9")
         assert done.returncode == 0, done.stderr
     with Store(tmp_path / "outputs" / "optcore.db") as store:
         trained_on, anew = (run.objectives["val/acc"] for run in sorted(store.runs(), key=lambda run: run.id)[-2:])
@@ -213,6 +212,25 @@ def test_what_is_learned_trains_again_as_it_did(optcore, tmp_path):
     assert {name: trained.objectives[name] for name in content["objectives"]} == content["objectives"]
 
 
+def test_the_front_is_trained_on_where_weights_are_inherited(optcore, tmp_path):
+    done = optcore(
+        "nas", "nas.inherit=true", "nas.max_trials=6", "nas/strategy=adaptive_evolution",
+        "+nas.strategy.initial_trials=3", "nas.strategy.train_on=2", "objective=[val/acc,params]", *SMALL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ((_, trials),) = searches(tmp_path)
+    again = [one for one in trials if one.candidate.origin == "trained on"]
+    assert len(again) == 2
+    by_number = {one.number: one for one in trials}
+    for one in again:
+        assert by_number[one.candidate.parent].candidate.params == one.candidate.params
+        weights, before = (
+            torch.load(f"{record.directory}/weights.pt", weights_only=True)
+            for record in (one, by_number[one.candidate.parent])
+        )
+        assert any(not torch.equal(weights[name], before[name]) for name in before)
+
+
 def test_killed_it_continues_by_the_same_command(optcore, tmp_path):
     arguments = (
         "nas",
@@ -259,6 +277,10 @@ def known(folder):
     [
         (["objective={val/acc: up}"], "objective.val/acc='up': expected minimize or maximize"),
         (["store.path=null"], "store.path=null: a search needs a store"),
+        (
+            ["nas/strategy=adaptive_evolution", "nas.strategy.train_on=4"],
+            "in Hydra nas.inherit=true, or leave out train_on",
+        ),
         (["nas.max_trials=0"], "max_trials=0: expected a positive whole number"),
         (["nas.executor=slurm"], "nas.executor='slurm': expected local or ray"),
         (["nas.address=10.0.0.1:6379"], "nas.address=10.0.0.1:6379: expected nas.executor=ray with it"),
