@@ -50,6 +50,7 @@ def by_hand(monkeypatch):
         return [1.0] * len(calls)
 
     monkeypatch.setattr(latency_table, "_quiet_times", quiet_times)
+    monkeypatch.setattr(latency_table.time, "sleep", lambda seconds: None)
     return asked
 
 
@@ -88,12 +89,12 @@ def test_a_module_that_calls_no_other_is_one_part_by_all_that_it_depends_on():
 def test_the_prediction_is_the_scaled_sum_and_an_overhead_for_each_container(by_hand, monkeypatch):
     table = LatencyTable()
     assert table.predict(Cell(), X) == 8.0
-    assert by_hand == [7]
-    # A second network of the same parts measures nothing; of another width, whatever is another.
+    assert by_hand == [7] * 3
+    # A second network of the same parts measures nothing; of another width, whatever is another, beside the first ones.
     table.predict(Cell(), X)
-    assert by_hand == [7, 0]
+    assert by_hand == [7] * 3
     table.predict(Cell(8), X)
-    assert by_hand[2] == 7 and len(table) == 14
+    assert by_hand[3:] == [14] and len(table) == 14
 
     def whole(networks, inputs, **_):
         return [3 * parts_of(one, inputs).counts.total() + 10 * parts_of(one, inputs).containers for one in networks]
@@ -105,6 +106,42 @@ def test_the_prediction_is_the_scaled_sum_and_an_overhead_for_each_container(by_
     assert table.predict(Cell(), X) == pytest.approx(44.0)
     # Inputs of another shape are another matter.
     assert table.factors(torch.randn(1, 3, 8, 8)) == (1.0, 0.0)
+
+
+class Machine:
+    """Times every call by how fast it is at that sitting: what was timed first, and what is new."""
+
+    def __init__(self, monkeypatch, *sittings):
+        self.sittings = list(sittings)
+        self.paused = []
+        monkeypatch.setattr(latency_table, "_quiet_times", self.quiet_times)
+        monkeypatch.setattr(latency_table.time, "sleep", self.paused.append)
+
+    def quiet_times(self, calls, rounds, clock):
+        first, new = self.sittings.pop(0) if len(self.sittings) > 1 else self.sittings[0]
+        return [first] * len(calls) if new is None else [new] * (len(calls) - 1) + [first]
+
+
+def test_while_the_machine_is_slow_new_parts_are_timed_again(monkeypatch):
+    machine = Machine(monkeypatch, (2.0, None), (1.0, None), (1.5, None), (1.4, 9.0), (1.2, 6.0), (1.05, 7.0))
+    table = LatencyTable()
+    one, other = nn.Sequential(nn.ReLU()), nn.Sequential(nn.Tanh())
+    # Of three sittings the fastest; then until the first part is fast again.
+    assert table.predict(one, X) == 1.0
+    assert table.predict(other, X) == 6.0
+    assert len(machine.paused) == 4
+    assert table.predict(one, X) == 1.0
+
+
+def test_a_machine_that_stays_slow_is_waited_for_only_so_long(monkeypatch):
+    machine = Machine(monkeypatch, (1.0, None), (1.0, None), (1.0, None), (2.0, 8.0))
+    table = LatencyTable()
+    table.predict(nn.Sequential(nn.ReLU()), X)
+    assert table.predict(nn.Sequential(nn.Tanh()), X) == 8.0
+    assert sum(machine.paused) == pytest.approx(8.0, abs=0.5)
+    waited = len(machine.paused)
+    assert table.predict(nn.Sequential(nn.Sigmoid()), X) == 8.0
+    assert len(machine.paused) == waited
 
 
 def test_the_store_keeps_parts_and_factors(by_hand, tmp_path, monkeypatch):
