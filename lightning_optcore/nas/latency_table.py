@@ -114,6 +114,10 @@ class LatencyTable:
     def __len__(self) -> int:
         return sum("factor" not in json.loads(key) for key in self._known)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Trials may run in processes of their own; calls of this one's networks stay here.
+        return {**vars(self), "_first": {}, "_first_ms": {}}
+
     def predict(self, network: nn.Module, example_inputs: Any) -> float:
         """Return the milliseconds of one forward of the example; parts that are new are measured.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -142,6 +143,15 @@ def test_a_machine_that_stays_slow_is_waited_for_only_so_long(monkeypatch):
     waited = len(machine.paused)
     assert table.predict(nn.Sequential(nn.Sigmoid()), X) == 8.0
     assert len(machine.paused) == waited
+
+
+def test_a_table_that_has_timed_goes_to_another_process(by_hand):
+    table = LatencyTable()
+    table.predict(Cell(), X)
+    other = pickle.loads(pickle.dumps(table))
+    assert other.predict(Cell(), X) == table.predict(Cell(), X)
+    assert by_hand == [7] * 3
+    assert other.predict(Cell(8), X) == table.predict(Cell(8), X)
 
 
 def test_the_store_keeps_parts_and_factors(by_hand, tmp_path, monkeypatch):
