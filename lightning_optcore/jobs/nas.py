@@ -230,7 +230,8 @@ def _write_front(
     for trial in found.front:
         path = folder / f"trial-{trial.number}.json"
         weights = Path(str(trial.directory)) / WEIGHTS_FILE
-        begins_with = [override_text("model.weights", str(weights))] if weights.is_file() else []
+        kept = {"weights": str(weights)} if weights.is_file() else {}
+        begins_with = [override_text("model.weights", text) for text in kept.values()]
         commands[trial.number] = f"{_PROGRAM} {shlex.join([*overrides(path), *begins_with])}"
         save_architecture(
             path,
@@ -240,7 +241,7 @@ def _write_front(
             trial=trial.number,
             space=space,
             command=commands[trial.number],
-            **({"weights": str(weights)} if weights.is_file() else {}),
+            **kept,
         )
     return commands
 
